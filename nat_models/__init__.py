@@ -1,0 +1,1 @@
+"""A vision model zoo of Neighborhood Attention Transformers for images and video, registered with timm on import."""
