@@ -1,8 +1,9 @@
 """The portable fast path: neighborhood attention over tiles of queries in plain PyTorch, for any device and for export.
 
-Each tile of queries gathers the union of its windows and attends to it in dense matrix products; pairs outside the neighborhood are masked.
-Eagerly, work proceeds in chunks that fit a core's cache, and the backward pass computes the probabilities again, so that memory beyond
-inputs, outputs and gradients stays that of one chunk. In a traced graph there is one chunk, so that the batch may be dynamic.
+Each tile of queries gathers the union of its windows and attends to it in dense matrix products; pairs outside the
+neighborhood are masked. Eagerly, work proceeds in chunks that fit a core's cache, and the backward pass computes the
+probabilities again, so that memory beyond inputs, outputs and gradients stays that of one chunk. In a traced graph there
+is one chunk, so that the batch may be dynamic.
 """
 
 from collections.abc import Iterator
@@ -20,69 +21,82 @@ CHUNK_SCORES = 1 << 18  # scores held at a time: 1 MiB of float32
 
 
 class AxisTiles(NamedTuple):
-    """The tiles of one axis: `T` tiles of `Q` queries and `K` keys each, as int64 tensors."""
+    """The tiles of one axis: `T` tiles of `Q` queries and `K` keys each, counted within a tile's dilation group."""
 
-    query: Tensor  # [T, Q] coordinates; a tile that is not full repeats its group's last token
-    padding: Tensor  # [T, Q] -1 for such a repetition, else 0
-    key: Tensor  # [T, K] coordinates
-    bias_index: Tensor  # [T, Q, K] offset along this axis of the relative positional bias, -1 outside the window
+    keys: int  # K
+    group: list[int]  # [T]
+    members: list[int]  # [T]
+    query: list[list[int]]  # [T][Q]; a tile that is not full repeats its group's last member
+    start: list[list[int]]  # [T][Q] window of each query
+    end: list[list[int]]  # [T][Q]
+    padding: list[list[int]]  # [T][Q] -1 where a query is such a repetition, else 0
 
 
-@lru_cache(maxsize=256)
+def tile_axis(axis: Axis, size: int) -> AxisTiles:
+    """Cuts one axis, dilation group by dilation group, into tiles of `size` queries."""
+    tiles = AxisTiles(0, [], [], [], [], [], [])
+    keys = 0
+    for group in range(axis.dilation):
+        members = group_members(axis, group)
+        for begin in range(0, group_members(axis, 0), size):
+            query = [min(i, members - 1) for i in range(begin, begin + size)]
+            start, end = zip(*(window(axis, i, members) for i in query), strict=True)
+            tiles.group.append(group)
+            tiles.members.append(members)
+            tiles.query.append(query)
+            tiles.start.append(list(start))
+            tiles.end.append(list(end))
+            tiles.padding.append([-1 if i >= members else 0 for i in range(begin, begin + size)])
+            keys = max(keys, end[-1] - start[0])
+    return tiles._replace(keys=keys)
+
+
+def _tile_sizes(axis: Axis) -> list[tuple[int, int, int]]:
+    """(queries a tile, tiles, keys a tile) for every even split of the axis into tiles of at most 64 queries."""
+    members = group_members(axis, 0)
+    splits = []
+    for size in sorted({ceil(members / parts) for parts in range(1, members + 1)}):
+        if size <= 64:
+            edges = [(begin, min(begin + size, members) - 1) for begin in range(0, members, size)]
+            keys = max(window(axis, last, members)[1] - window(axis, first, members)[0] for first, last in edges)
+            splits.append((size, len(edges) * axis.dilation, keys))
+    return splits
+
+
 def choose_tile(axes: tuple[Axis, ...]) -> tuple[int, ...]:
-    """Queries per tile and axis that minimise an estimate of the problem's time (weights measured on a CPU with AVX-512)."""
-
-    def candidates(axis: Axis) -> list[tuple[int, int, int]]:
-        """(queries a tile, tiles, keys a tile) for every even split of the axis."""
-        members = ceil(axis.length / axis.dilation)
-        sizes = {ceil(members / parts) for parts in range(1, members + 1)}
-        return [
-            (
-                size,
-                ceil(members / size) * axis.dilation,
-                min(members, axis.kernel_size + (size + axis.stride - 2) // axis.stride * axis.stride),
-            )
-            for size in sizes
-            if size <= 64
-        ]
+    """Queries per tile and axis that minimise an estimate of the time (weights measured on a CPU with AVX-512)."""
 
     def cost(choice: tuple[tuple[int, int, int], ...]) -> float:
         queries, tiles, keys = (prod(column) for column in zip(*choice, strict=True))
-        # Gathering a key and its value costs about as much as 16 scores, and products of few rows run at a fraction of full speed.
-        return tiles * keys * (queries + 16) * (1 + 8 / queries)
+        # Gathering a key and its value costs about as much as 8 scores, and products of few rows run slowly.
+        return tiles * keys * (queries + 8) * (1 + 4 / queries)
 
-    best = min(product(*map(candidates, axes)), key=cost)
+    best = min(product(*map(_tile_sizes, axes)), key=cost)
     return tuple(queries for queries, _, _ in best)
 
 
-def tile_axis(axis: Axis, tile: int) -> AxisTiles:
-    """Cuts one axis, dilation group by dilation group, into tiles of `tile` queries."""
-    group = torch.arange(axis.dilation)
-    members = group_members(axis, group)
-    tiles_per_group = ceil(ceil(axis.length / axis.dilation) / tile)
-    group = group.repeat_interleave(tiles_per_group)[:, None]
-    members = members.repeat_interleave(tiles_per_group)[:, None]
-    query = (torch.arange(tiles_per_group) * tile).repeat(axis.dilation)[:, None] + torch.arange(tile)
-    padding = torch.where(query < members, 0, -1)
-    query = torch.minimum(query, members - 1)
-    start, end = window(axis, query, members)
-    first = start.amin(1, keepdim=True)
-    key = first + torch.arange(int((end.amax(1, keepdim=True) - first).max()))
-    attends = (key[:, None] >= start[..., None]) & (key[:, None] < end[..., None])
-    bias_index = torch.where(attends, key[:, None] - query[..., None] + axis.kernel_size - 1, -1)
-    key = torch.minimum(key, members - 1)
-    return AxisTiles(query * axis.dilation + group, padding, key * axis.dilation + group, bias_index)
+@lru_cache(maxsize=256)
+def tile_axes(axes: tuple[Axis, ...]) -> tuple[AxisTiles, ...]:
+    """The tiles of every axis. Lists, not tensors, so that no trace in progress can leave its tensors in the cache."""
+    return tuple(tile_axis(axis, size) for axis, size in zip(axes, choose_tile(axes), strict=True))
 
 
-def _build_tiles(axes: tuple[Axis, ...]) -> tuple[AxisTiles, ...]:
-    return tuple(tile_axis(axis, tile) for axis, tile in zip(axes, choose_tile(axes), strict=True))
+def _axis_tables(axis: Axis, tiles: AxisTiles, which: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """int64 tables of the tiles `which [T]`.
 
-
-_cached_tiles = lru_cache(maxsize=256)(_build_tiles)
+    Query coordinates and padding `[T, Q]`, key coordinates `[T, K]`, and offsets along this axis of the relative
+    positional bias `[T, Q, K]`, -1 outside the window.
+    """
+    group, members, query, start, end, padding = (torch.tensor(table)[which] for table in tiles[1:])
+    key = start[:, :1] + torch.arange(tiles.keys)
+    is_neighbor = (key[:, None] >= start[..., None]) & (key[:, None] < end[..., None])
+    offset = torch.where(is_neighbor, key[:, None] - query[..., None] + axis.kernel_size - 1, -1)
+    key = torch.minimum(key, members[:, None] - 1)
+    return query * axis.dilation + group[:, None], padding, key * axis.dilation + group[:, None], offset
 
 
 def _join(per_axis: list[Tensor], sizes: list[int]) -> Tensor:
-    """Joins indices `[T, Q_i, ...]` into axes of the given sizes to flat indices `[T, Q, ...]`; a negative index makes the joined one -1."""
+    """Joins indices `[T, Q_i, ...]` into axes of the given sizes to flat ones `[T, Q, ...]`; negative ones become -1."""
     joined = per_axis[0]
     for table, size in zip(per_axis[1:], sizes[1:], strict=True):
         tiles, *outer_shape = joined.shape
@@ -95,18 +109,18 @@ def _join(per_axis: list[Tensor], sizes: list[int]) -> Tensor:
 
 
 class _Chunk(NamedTuple):
-    """Tiles that are worked on together, as `n = b * heads_kv * T` dense problems of `queries = heads / heads_kv * Q` by `K`."""
+    """Tiles worked on together: `n = b * heads_kv * T` dense problems of `queries = heads / heads_kv * Q` by `K`."""
 
     batch: slice
     query_rows: Tensor  # [n * queries] among the query's `B * tokens * heads` rows
     key_rows: Tensor  # [n * K] among the key's `B * tokens * heads_kv` rows
     padding: Tensor | None  # bool [n * queries], slots that repeat a query; None if there are none
     bias: Tensor  # [b, heads_kv, T, queries, K + M], -inf outside the neighborhood; M additional keys
-    bias_index: Tensor  # [T, Q, K] into one head's row of the bias table; its last entry is for pairs outside the neighborhood
+    bias_index: Tensor  # [T, Q, K] into a head's row of the bias table, whose last entry is for pairs outside
 
 
 def _rows(tokens: Tensor, batch: slice, map_size: int, heads: int, heads_kv: int) -> Tensor:
-    """Rows of tokens `[T, Q]` in a `[B * map_size * heads, head_dim]` view, ordered as `[b, heads_kv, T, heads / heads_kv, Q]`."""
+    """Rows of tokens `[T, Q]` among `B * map_size * heads`, ordered as `[b, heads_kv, T, heads / heads_kv, Q]`."""
     sample = torch.arange(batch.start, batch.stop, device=tokens.device).reshape(-1, 1, 1, 1, 1)
     head = torch.arange(heads, device=tokens.device).reshape(1, heads_kv, 1, -1, 1)
     return ((sample * map_size + tokens[:, None]) * heads + head).flatten()
@@ -125,25 +139,27 @@ def _chunks(query: Tensor, key: Tensor, axes: tuple[Axis, ...], table: Tensor, a
     """Cuts a problem into chunks; `table` is the bias table `[heads or 1, positions + 1]`."""
     batch_size, heads, heads_kv = query.shape[0], query.shape[-2], key.shape[-2]
     group = heads // heads_kv
-    # Tables made while a graph is traced belong to that trace alone.
-    traced = torch.compiler.is_compiling() or type(query) not in (Tensor, torch.nn.Parameter)
-    per_axis = (_build_tiles if traced else _cached_tiles)(axes)
-    counts = [tiles.query.shape[0] for tiles in per_axis]
-    tile_scores = heads * prod(tiles.bias_index[0].numel() for tiles in per_axis)
-    has_padding = any(tiles.query.numel() > axis.length for tiles, axis in zip(per_axis, axes, strict=True))
+    per_axis = tile_axes(axes)
+    counts = [len(tiles.query) for tiles in per_axis]
+    tile_scores = heads * prod(len(tiles.query[0]) * tiles.keys for tiles in per_axis)
+    has_padding = any(min(map(min, tiles.padding)) < 0 for tiles in per_axis)
+    traced = torch.compiler.is_compiling()
     tile_step = prod(counts) if traced else max(1, CHUNK_SCORES // tile_scores)
     batch_step = batch_size if traced else max(1, CHUNK_SCORES // (tile_scores * min(tile_step, prod(counts))))
 
     lengths = [axis.length for axis in axes]
+    join_sizes = (lengths, [1] * len(axes), lengths, [2 * axis.kernel_size - 1 for axis in axes])
     for tile in torch.arange(prod(counts)).split(tile_step):
-        which = torch.unravel_index(tile, counts)
+        tables = map(_axis_tables, axes, per_axis, torch.unravel_index(tile, counts))
         query_tokens, padding, key_tokens, bias_index = (
-            _join([tiles[field][i] for tiles, i in zip(per_axis, which, strict=True)], sizes).to(query.device)
-            for field, sizes in enumerate((lengths, [1] * len(axes), lengths, [2 * axis.kernel_size - 1 for axis in axes]))
+            _join(list(per_axis_tables), sizes).to(query.device)
+            for per_axis_tables, sizes in zip(zip(*tables, strict=True), join_sizes, strict=True)
         )
         bias_index = bias_index.where(bias_index >= 0, table.shape[1] - 1)
         bias = table.index_select(1, bias_index.flatten()).reshape(-1, 1, *bias_index.shape)
-        bias = bias.expand(heads, -1, -1, -1, -1).reshape(heads_kv, group, *bias_index.shape).transpose(1, 2).flatten(2, 3)
+        bias = (
+            bias.expand(heads, -1, -1, -1, -1).reshape(heads_kv, group, *bias_index.shape).transpose(1, 2).flatten(2, 3)
+        )
         if additional:
             bias = torch.nn.functional.pad(bias, (0, additional))
         for start in range(0, batch_size, batch_step):
@@ -160,10 +176,10 @@ def _chunks(query: Tensor, key: Tensor, axes: tuple[Axis, ...], table: Tensor, a
 
 
 def _gather(x: Tensor, rows: Tensor, additional: Tensor | None, chunk: _Chunk, dtype: torch.dtype) -> Tensor:
-    """Rows of `x` as the matrices of a chunk `[n, rows, width]`, followed by the additional tokens `[B, M, heads_kv, width]`."""
+    """A chunk's matrices `[n, rows + M, width]` of `x [all rows, width]` and `additional [B, M, heads_kv, width]`."""
     b, heads_kv, tiles = chunk.bias.shape[:3]
     width = x.shape[-1]
-    matrices = x.reshape(-1, width).index_select(0, rows).to(dtype).reshape(b * heads_kv * tiles, -1, width)
+    matrices = x.index_select(0, rows).to(dtype).reshape(b * heads_kv * tiles, -1, width)
     if additional is None:
         return matrices
     extra = additional[chunk.batch].transpose(1, 2).to(dtype).unsqueeze(2)
@@ -201,10 +217,11 @@ class _BlockedAttention(torch.autograd.Function):
         width = value.shape[-1]
         output = query.new_empty(*query.shape[:-1], width)
         lse = query.new_empty(query.shape[:-1], dtype=dtype) if return_lse else None
+        query_all, key_all, value_all = (x.reshape(-1, x.shape[-1]) for x in (query, key, value))
         for chunk in _chunks(query, key, axes, table, additional):
-            q = _gather(query, chunk.query_rows, None, chunk, dtype)
-            k = _gather(key, chunk.key_rows, additional_keys, chunk, dtype)
-            v = _gather(value, chunk.key_rows, additional_values, chunk, dtype)
+            q = _gather(query_all, chunk.query_rows, None, chunk, dtype)
+            k = _gather(key_all, chunk.key_rows, additional_keys, chunk, dtype)
+            v = _gather(value_all, chunk.key_rows, additional_values, chunk, dtype)
             scores = _scores(q, k, chunk, scale)
             out = scores.softmax(-1) @ v
             # A padding slot holds the same query as its owner, so that it is no matter which of them is written last.
@@ -225,21 +242,24 @@ class _BlockedAttention(torch.autograd.Function):
         grads = [None if x is None else torch.zeros(x.shape, dtype=dtype, device=x.device) for x in sources]
         grad_query, grad_key, grad_value, grad_table, grad_additional_keys, grad_additional_values = grads
         assert grad_query is not None and grad_key is not None and grad_value is not None and grad_table is not None
+        query_all, key_all, value_all = (x.reshape(-1, x.shape[-1]) for x in (query, key, value))
+        grad_output_all = grad_output.reshape(-1, grad_output.shape[-1])
         for chunk in _chunks(query, key, axes, table, additional):
-            q = _gather(query, chunk.query_rows, None, chunk, dtype)
-            k = _gather(key, chunk.key_rows, additional_keys, chunk, dtype)
-            v = _gather(value, chunk.key_rows, additional_values, chunk, dtype)
-            grad_out = _gather(grad_output, chunk.query_rows, None, chunk, dtype)
+            q = _gather(query_all, chunk.query_rows, None, chunk, dtype)
+            k = _gather(key_all, chunk.key_rows, additional_keys, chunk, dtype)
+            v = _gather(value_all, chunk.key_rows, additional_values, chunk, dtype)
+            grad_out = _gather(grad_output_all, chunk.query_rows, None, chunk, dtype)
             probabilities = _scores(q, k, chunk, scale).softmax(-1)
-            correction = torch.zeros((), dtype=dtype, device=query.device)
+            is_padding = None if chunk.padding is None else chunk.padding.reshape(*q.shape[:2], 1)
+            if is_padding is not None:
+                grad_out = grad_out.masked_fill(is_padding, 0)
+            # The fused form of p * (dp - sum(p * dp)): one pass over the scores instead of three.
+            grad_scores = torch._softmax_backward_data(grad_out @ v.mT, probabilities, -1, dtype)
             if grad_lse is not None:
-                correction = grad_lse.reshape(-1).index_select(0, chunk.query_rows).reshape(*q.shape[:2], 1)
-            if chunk.padding is not None:
-                grad_out = grad_out.masked_fill(chunk.padding.reshape(*q.shape[:2], 1), 0)
-                correction = correction.masked_fill(chunk.padding.reshape(*q.shape[:2], 1), 0)
-            grad_probabilities = grad_out @ v.mT
-            correction = correction - (probabilities * grad_probabilities).sum(-1, keepdim=True)
-            grad_scores = grad_probabilities.add_(correction).mul_(probabilities)
+                grad_l = grad_lse.reshape(-1).index_select(0, chunk.query_rows).reshape(*q.shape[:2], 1)
+                if is_padding is not None:
+                    grad_l = grad_l.masked_fill(is_padding, 0)
+                grad_scores = grad_scores + probabilities * grad_l
 
             _scatter_add(grad_query, chunk.query_rows, (grad_scores @ k).mul_(scale), None, chunk)
             _scatter_add(grad_key, chunk.key_rows, (grad_scores.mT @ q).mul_(scale), grad_additional_keys, chunk)
@@ -256,7 +276,7 @@ class _BlockedAttention(torch.autograd.Function):
 
 
 def _scatter_add(grad: Tensor, rows: Tensor, matrices: Tensor, grad_additional: Tensor | None, chunk: _Chunk) -> None:
-    """The transpose of `_gather`: adds matrices `[n, rows, width]` to the gradients of the tokens that they came from."""
+    """The transpose of `_gather`: adds matrices `[n, rows + M, width]` to the gradients of what they came from."""
     width = matrices.shape[-1]
     if grad_additional is not None:
         additional = grad_additional.shape[1]
@@ -286,8 +306,8 @@ def attend(
     Computes in float64 for float64 inputs and in float32 for everything else.
 
     Returns:
-        output `[B, *spatial, heads, head_dim_v]` in the query's dtype; with `return_lse` the log-sum-exp `[B, *spatial, heads]` in the
-        computing dtype, else None.
+        output `[B, *spatial, heads, head_dim_v]` in the query's dtype; with `return_lse` the log-sum-exp
+        `[B, *spatial, heads]` in the computing dtype, else None.
     """
     return _BlockedAttention.apply(
         query, key, value, rpb, additional_keys, additional_values, axes, scale, return_lse

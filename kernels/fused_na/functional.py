@@ -1,4 +1,4 @@
-"""The public operations: argument checks and backend choice. The mathematics is in `window.py`, the work in the backends.
+"""The public operations: argument checks and backend choice. The rule is in `window.py`, the work in the backends.
 
 Shapes use `B` batch, `*spatial` one to three axes of tokens (`[L]`, `[H, W]` or `[T, H, W]`), and heads last.
 """
@@ -104,33 +104,41 @@ def neighborhood_attention(
 ) -> Tensor | tuple[Tensor, Tensor]:
     """Attention of every token to the tokens of its neighborhood, over one, two or three spatial axes.
 
-    Generalised neighborhood attention as in arXiv 2204.07143, 2209.15001 and 2504.16922, with relative positional biases. Differentiable
-    in every tensor. Under autocast, query, key, value and the additional tokens are cast as for scaled_dot_product_attention.
+    Generalised neighborhood attention as in arXiv 2204.07143, 2209.15001 and 2504.16922, with relative positional
+    biases. Differentiable in every tensor. Under autocast, query, key, value and the additional tokens are cast as for
+    scaled_dot_product_attention.
 
     Args:
-        query: `[B, *spatial, heads, head_dim]`; float16, bfloat16, float32 or float64. Views, such as slices of a packed qkv projection, are fine.
+        query: `[B, *spatial, heads, head_dim]`; float16, bfloat16, float32 or float64. Views, such as slices of a packed
+            qkv projection, are fine.
         key: `[B, *spatial, heads_kv, head_dim]`, where `heads_kv` divides `heads` (grouped-query attention).
         value: `[B, *spatial, heads_kv, head_dim_v]`.
-        kernel_size: window size in tokens per axis; an int holds for all axes. `kernel_size * dilation` may not exceed the axis.
-            Windows shift at borders instead of shrinking, so every query has exactly `kernel_size` keys on a non-causal axis.
-        stride: queries per axis that share a window, 1 to `kernel_size`; 1 is a sliding window, `kernel_size` blocked attention.
+        kernel_size: window size in tokens per axis; an int holds for all axes. `kernel_size * dilation` may not exceed
+            the axis. Windows shift at borders instead of shrinking, so every query has exactly `kernel_size` keys on a
+            non-causal axis.
+        stride: queries per axis that share a window, 1 to `kernel_size`; 1 is a sliding window, `kernel_size` blocked
+            attention.
         dilation: gap between a window's tokens per axis; 1 is a dense window.
         is_causal: per axis, whether windows end at the query itself.
         scale: factor on the dot products; None means `head_dim ** -0.5`.
-        rpb: relative positional bias `[heads, 2 * kernel_size_1 - 1, ...]` added to the scaled scores, float32 or the query's dtype.
+        rpb: relative positional bias `[heads, 2 * kernel_size_1 - 1, ...]` added to the scaled scores, float32 or the
+            query's dtype.
         additional_keys: `[B, M, heads_kv, head_dim]`, tokens which every query attends to as well, in the same softmax.
         additional_values: `[B, M, heads_kv, head_dim_v]`.
         return_lse: also return the log-sum-exp of each query's scores.
-        backend: "triton", "blocked" (plain PyTorch, any device), "reference" (dense, slow); None picks the fastest that runs here.
+        backend: "triton", "blocked" (plain PyTorch, any device), "reference" (dense, slow); None picks the fastest
+            that runs here.
 
     Returns:
-        `[B, *spatial, heads, head_dim_v]` in the query's dtype; with `return_lse` also `[B, *spatial, heads]` in float32
-        (float64 for float64 inputs), natural logarithm.
+        `[B, *spatial, heads, head_dim_v]` in the query's dtype; with `return_lse` also the natural log-sum-exp
+        `[B, *spatial, heads]` in float32 (float64 for float64 inputs).
 
     Raises:
         ValueError: an illegal argument; the message names it, the value given and what is allowed.
     """
-    query, key, value, additional_keys, additional_values = _autocast(query, key, value, additional_keys, additional_values)
+    query, key, value, additional_keys, additional_values = _autocast(
+        query, key, value, additional_keys, additional_values
+    )
     axes = _check_arguments(
         query, key, value, kernel_size, stride, dilation, is_causal, rpb, additional_keys, additional_values
     )
@@ -164,7 +172,9 @@ def merge_attentions(outputs: Sequence[Tensor], lses: Sequence[Tensor]) -> tuple
                 f"outputs must share one shape and dtype, got {_describe(output)} beside {_describe(outputs[0])}"
             )
         if lse.shape != output.shape[:-1]:
-            raise ValueError(f"lses must have shape {list(output.shape[:-1])} (outputs without head_dim), got {list(lse.shape)}")
+            raise ValueError(
+                f"lses must have shape {list(output.shape[:-1])} (outputs without head_dim), got {list(lse.shape)}"
+            )
     stacked = torch.stack(list(lses))
     lse = torch.logsumexp(stacked, dim=0)
     weights = torch.exp(stacked - lse)
@@ -226,14 +236,21 @@ def _check_arguments(
     """Raises ValueError for anything illegal, else returns the problem axis by axis."""
     rank = query.dim() - 3
     if rank not in (1, 2, 3):
-        raise ValueError(f"query must be [B, *spatial, heads, head_dim] with 1 to 3 spatial axes, got shape {list(query.shape)}")
+        raise ValueError(
+            f"query must be [B, *spatial, heads, head_dim] with 1 to 3 spatial axes, got shape {list(query.shape)}"
+        )
     if query.dtype not in _DTYPES:
         raise ValueError(f"query must be float16, bfloat16, float32 or float64, got {_describe(query)}")
     for name, x in (("key", key), ("value", value)):
         if x.dtype != query.dtype or x.device != query.device:
-            raise ValueError(f"{name} must have the query's dtype and device, got {_describe(x)} for query {_describe(query)}")
+            raise ValueError(
+                f"{name} must have the query's dtype and device, got {_describe(x)} for query {_describe(query)}"
+            )
         if x.shape[:-2] != query.shape[:-2] or x.dim() != query.dim():
-            raise ValueError(f"{name} must match the query in batch and spatial axes, got {list(x.shape)} for query {list(query.shape)}")
+            raise ValueError(
+                f"{name} must match the query in batch and spatial axes, "
+                f"got {list(x.shape)} for query {list(query.shape)}"
+            )
     heads, head_dim = query.shape[-2:]
     heads_kv, head_dim_v = value.shape[-2:]
     if key.shape[-1] != head_dim:
@@ -248,14 +265,17 @@ def _check_arguments(
     strides = _per_axis("stride", stride, rank, int)
     dilations = _per_axis("dilation", dilation, rank, int)
     causals = _per_axis("is_causal", is_causal, rank, bool)
-    for i, (length, k, s, d, c) in enumerate(zip(query.shape[1:-2], kernel_sizes, strides, dilations, causals, strict=True)):
+    for i, (length, k, s, d, c) in enumerate(
+        zip(query.shape[1:-2], kernel_sizes, strides, dilations, causals, strict=True)
+    ):
         if k < 1:
             raise ValueError(f"kernel_size must be at least 1, got {k} on spatial axis {i}")
         if d < 1:
             raise ValueError(f"dilation must be at least 1, got {d} on spatial axis {i}")
         if k * d > length:
             raise ValueError(
-                f"kernel_size * dilation must not exceed the map, got {k} * {d} = {k * d} for length {length} on spatial axis {i}"
+                f"kernel_size * dilation must not exceed the map, "
+                f"got {k} * {d} = {k * d} for length {length} on spatial axis {i}"
             )
         if not 1 <= s <= k:
             raise ValueError(f"stride must be between 1 and kernel_size {k}, got {s} on spatial axis {i}")
@@ -266,7 +286,10 @@ def _check_arguments(
         if list(rpb.shape) != shape:
             raise ValueError(f"rpb must have shape [heads, 2 * kernel_size - 1, ...] = {shape}, got {list(rpb.shape)}")
         if rpb.device != query.device or rpb.dtype not in (torch.float32, query.dtype):
-            raise ValueError(f"rpb must be float32 or the query's dtype, on its device; got {_describe(rpb)} for query {_describe(query)}")
+            raise ValueError(
+                f"rpb must be float32 or the query's dtype, on its device; "
+                f"got {_describe(rpb)} for query {_describe(query)}"
+            )
     if (additional_keys is None) != (additional_values is None):
         raise ValueError("additional_keys and additional_values must be given together")
     if additional_keys is not None and additional_values is not None:
@@ -275,9 +298,14 @@ def _check_arguments(
             ("additional_values", additional_values, head_dim_v),
         ):
             if x.dtype != query.dtype or x.device != query.device:
-                raise ValueError(f"{name} must have the query's dtype and device, got {_describe(x)} for query {_describe(query)}")
+                raise ValueError(
+                    f"{name} must have the query's dtype and device, got {_describe(x)} for query {_describe(query)}"
+                )
             if x.dim() != 4 or x.shape[0] != query.shape[0] or list(x.shape[2:]) != [heads_kv, width]:
-                raise ValueError(f"{name} must be [B, M, heads_kv, head_dim] = [{query.shape[0]}, M, {heads_kv}, {width}], got {list(x.shape)}")
+                raise ValueError(
+                    f"{name} must be [B, M, heads_kv, head_dim] = [{query.shape[0]}, M, {heads_kv}, {width}], "
+                    f"got {list(x.shape)}"
+                )
         if additional_keys.shape[1] != additional_values.shape[1]:
             raise ValueError(
                 f"additional_keys and additional_values must hold as many tokens, "

@@ -3,15 +3,30 @@
 Time and memory grow with the square of the number of tokens. The other backends are tested against this one.
 """
 
+from collections.abc import Callable
 from math import prod
 
 import torch
 from torch import Tensor
 
-from fused_na.window import Axis, attends, bias_index
+from fused_na.window import Axis, group_members, window
 
 
-def _outer(per_axis: list[Tensor], combine) -> Tensor:
+def axis_tables(axis: Axis) -> tuple[Tensor, Tensor]:
+    """Whether each query attends to each key, bool, and the pair's offset into the bias, int64; both `[length, length]`.
+
+    The offset is clamped into the bias where they do not attend.
+    """
+    windows = [window(axis, x // axis.dilation, group_members(axis, x % axis.dilation)) for x in range(axis.length)]
+    start, end = torch.tensor(windows).T[:, :, None]
+    coordinate = torch.arange(axis.length)
+    group, member = coordinate % axis.dilation, coordinate // axis.dilation
+    attends = (member >= start) & (member < end) & (group == group[:, None])
+    offset = member - member[:, None] + axis.kernel_size - 1
+    return attends, offset.clamp(0, 2 * axis.kernel_size - 2)
+
+
+def _outer(per_axis: list[Tensor], combine: Callable[[Tensor, Tensor], Tensor]) -> Tensor:
     """Combines one `[length, length]` table per axis into one `[tokens, tokens]` table."""
     combined = per_axis[0]
     for table in per_axis[1:]:
@@ -37,30 +52,29 @@ def attend(
     Computes in float64 for float64 inputs and in float32 for everything else.
 
     Returns:
-        output `[B, *spatial, heads, head_dim_v]` in the query's dtype; with `return_lse` the log-sum-exp `[B, *spatial, heads]` in the
-        computing dtype, else None.
+        output `[B, *spatial, heads, head_dim_v]` in the query's dtype; with `return_lse` the log-sum-exp
+        `[B, *spatial, heads]` in the computing dtype, else None.
     """
     dtype = torch.float64 if query.dtype == torch.float64 else torch.float32
     repeats = query.shape[-2] // key.shape[-2]
-    tokens = prod(axis.length for axis in axes)
 
     def heads_first(x: Tensor, repeats: int = 1) -> Tensor:
         return x.flatten(1, -3).transpose(1, 2).to(dtype).repeat_interleave(repeats, dim=1)
 
+    attends, offsets = zip(*map(axis_tables, axes), strict=True)
     scores = heads_first(query) @ heads_first(key, repeats).mT * scale
     if rpb is not None:
         sizes = [2 * axis.kernel_size - 1 for axis in axes]
-        tables = [bias_index(axis) * prod(sizes[i + 1 :]) for i, axis in enumerate(axes)]
-        index = _outer(tables, torch.add).to(rpb.device)
+        strided = [offset * prod(sizes[i + 1 :]) for i, offset in enumerate(offsets)]
+        index = _outer(strided, torch.add).to(rpb.device)
         scores = scores + rpb.to(dtype).flatten(1)[:, index]
-    mask = _outer([attends(axis) for axis in axes], torch.logical_and).to(query.device)
+    mask = _outer(list(attends), torch.logical_and).to(query.device)
     scores = scores.masked_fill(~mask, float("-inf"))
     values = heads_first(value, repeats)
     if additional_keys is not None and additional_values is not None:
         additional_scores = heads_first(query) @ heads_first(additional_keys, repeats).mT * scale
         scores = torch.cat([scores, additional_scores], dim=-1)
         values = torch.cat([values, heads_first(additional_values, repeats)], dim=-2)
-    assert scores.shape[-2] == tokens
     lse = scores.logsumexp(-1).transpose(1, 2).reshape(query.shape[:-1]) if return_lse else None
     output = scores.softmax(-1) @ values
     output = output.transpose(1, 2).reshape(*query.shape[:-1], value.shape[-1])
