@@ -2,8 +2,8 @@
 
 Each tile of queries gathers the union of its windows and attends to it in dense matrix products; pairs outside the
 neighborhood are masked. Eagerly, work proceeds in chunks that fit a core's cache, and the backward pass computes the
-probabilities again, so that memory beyond inputs, outputs and gradients stays that of one chunk. In a traced graph there
-is one chunk, so that the batch may be dynamic.
+probabilities again, so that memory beyond inputs, outputs and gradients stays that of one chunk. In a traced graph
+there is one chunk, so that the batch may be dynamic.
 """
 
 from collections.abc import Iterator
@@ -15,6 +15,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from fused_na.precision import compute_dtype, without_autocast
 from fused_na.window import Axis, group_members, window
 
 CHUNK_SCORES = 1 << 18  # scores held at a time: 1 MiB of float32
@@ -96,7 +97,7 @@ def _axis_tables(axis: Axis, tiles: AxisTiles, which: Tensor) -> tuple[Tensor, T
 
 
 def _join(per_axis: list[Tensor], sizes: list[int]) -> Tensor:
-    """Joins indices `[T, Q_i, ...]` into axes of the given sizes to flat ones `[T, Q, ...]`; negative ones become -1."""
+    """Joins indices `[T, Q_i, ...]` into axes of these sizes to flat ones `[T, Q, ...]`; negative ones become -1."""
     joined = per_axis[0]
     for table, size in zip(per_axis[1:], sizes[1:], strict=True):
         tiles, *outer_shape = joined.shape
@@ -135,17 +136,22 @@ def _bias_table(axes: tuple[Axis, ...], rpb: Tensor | None, dtype: torch.dtype, 
     return torch.nn.functional.pad(flat, (0, 1), value=float("-inf"))
 
 
-def _chunks(query: Tensor, key: Tensor, axes: tuple[Axis, ...], table: Tensor, additional: int) -> Iterator[_Chunk]:
-    """Cuts a problem into chunks; `table` is the bias table `[heads or 1, positions + 1]`."""
+def _chunks(
+    query: Tensor, key: Tensor, axes: tuple[Axis, ...], table: Tensor, additional: int, single: bool
+) -> Iterator[_Chunk]:
+    """Cuts a problem into chunks, or into a single one; `table` is the bias table `[heads or 1, positions + 1]`."""
     batch_size, heads, heads_kv = query.shape[0], query.shape[-2], key.shape[-2]
     group = heads // heads_kv
     per_axis = tile_axes(axes)
     counts = [len(tiles.query) for tiles in per_axis]
     tile_scores = heads * prod(len(tiles.query[0]) * tiles.keys for tiles in per_axis)
     has_padding = any(min(map(min, tiles.padding)) < 0 for tiles in per_axis)
-    traced = torch.compiler.is_compiling()
-    tile_step = prod(counts) if traced else max(1, CHUNK_SCORES // tile_scores)
-    batch_step = batch_size if traced else max(1, CHUNK_SCORES // (tile_scores * min(tile_step, prod(counts))))
+    if single:
+        tile_step, batches = prod(counts), [slice(0, batch_size)]
+    else:
+        tile_step = min(max(1, CHUNK_SCORES // tile_scores), prod(counts))
+        step = max(1, CHUNK_SCORES // (tile_scores * tile_step))
+        batches = [slice(start, min(start + step, batch_size)) for start in range(0, batch_size, step)]
 
     lengths = [axis.length for axis in axes]
     join_sizes = (lengths, [1] * len(axes), lengths, [2 * axis.kernel_size - 1 for axis in axes])
@@ -162,8 +168,7 @@ def _chunks(query: Tensor, key: Tensor, axes: tuple[Axis, ...], table: Tensor, a
         )
         if additional:
             bias = torch.nn.functional.pad(bias, (0, additional))
-        for start in range(0, batch_size, batch_step):
-            batch = slice(start, min(start + batch_step, batch_size))
+        for batch in batches:
             b = batch.stop - batch.start
             yield _Chunk(
                 batch,
@@ -208,17 +213,18 @@ class _BlockedAttention(torch.autograd.Function):
         axes: tuple[Axis, ...],
         scale: float,
         return_lse: bool,
+        single_chunk: bool,
     ) -> tuple[Tensor, Tensor | None]:
         ctx.save_for_backward(query, key, value, rpb, additional_keys, additional_values)
-        ctx.axes, ctx.scale = axes, scale
-        dtype = _compute_dtype(query)
+        ctx.axes, ctx.scale, ctx.single_chunk = axes, scale, single_chunk
+        dtype = compute_dtype(query.dtype)
         table = _bias_table(axes, rpb, dtype, query.device)
         additional = 0 if additional_keys is None else additional_keys.shape[1]
         width = value.shape[-1]
         output = query.new_empty(*query.shape[:-1], width)
         lse = query.new_empty(query.shape[:-1], dtype=dtype) if return_lse else None
         query_all, key_all, value_all = (x.reshape(-1, x.shape[-1]) for x in (query, key, value))
-        for chunk in _chunks(query, key, axes, table, additional):
+        for chunk in _chunks(query, key, axes, table, additional, single_chunk):
             q = _gather(query_all, chunk.query_rows, None, chunk, dtype)
             k = _gather(key_all, chunk.key_rows, additional_keys, chunk, dtype)
             v = _gather(value_all, chunk.key_rows, additional_values, chunk, dtype)
@@ -234,8 +240,8 @@ class _BlockedAttention(torch.autograd.Function):
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, grad_output: Tensor, grad_lse: Tensor | None) -> tuple[Tensor | None, ...]:
         query, key, value, rpb, additional_keys, additional_values = ctx.saved_tensors
-        axes, scale = ctx.axes, ctx.scale
-        dtype = _compute_dtype(query)
+        axes, scale, single_chunk = ctx.axes, ctx.scale, ctx.single_chunk
+        dtype = compute_dtype(query.dtype)
         table = _bias_table(axes, rpb, dtype, query.device)
         additional = 0 if additional_keys is None else additional_keys.shape[1]
         sources = (query, key, value, table, additional_keys, additional_values)
@@ -244,35 +250,36 @@ class _BlockedAttention(torch.autograd.Function):
         assert grad_query is not None and grad_key is not None and grad_value is not None and grad_table is not None
         query_all, key_all, value_all = (x.reshape(-1, x.shape[-1]) for x in (query, key, value))
         grad_output_all = grad_output.reshape(-1, grad_output.shape[-1])
-        for chunk in _chunks(query, key, axes, table, additional):
-            q = _gather(query_all, chunk.query_rows, None, chunk, dtype)
-            k = _gather(key_all, chunk.key_rows, additional_keys, chunk, dtype)
-            v = _gather(value_all, chunk.key_rows, additional_values, chunk, dtype)
-            grad_out = _gather(grad_output_all, chunk.query_rows, None, chunk, dtype)
-            probabilities = _scores(q, k, chunk, scale).softmax(-1)
-            is_padding = None if chunk.padding is None else chunk.padding.reshape(*q.shape[:2], 1)
-            if is_padding is not None:
-                grad_out = grad_out.masked_fill(is_padding, 0)
-            # The fused form of p * (dp - sum(p * dp)): one pass over the scores instead of three.
-            grad_scores = torch._softmax_backward_data(grad_out @ v.mT, probabilities, -1, dtype)
-            if grad_lse is not None:
-                grad_l = grad_lse.reshape(-1).index_select(0, chunk.query_rows).reshape(*q.shape[:2], 1)
+        with without_autocast(query.device):
+            for chunk in _chunks(query, key, axes, table, additional, single_chunk):
+                q = _gather(query_all, chunk.query_rows, None, chunk, dtype)
+                k = _gather(key_all, chunk.key_rows, additional_keys, chunk, dtype)
+                v = _gather(value_all, chunk.key_rows, additional_values, chunk, dtype)
+                grad_out = _gather(grad_output_all, chunk.query_rows, None, chunk, dtype)
+                probabilities = _scores(q, k, chunk, scale).softmax(-1)
+                is_padding = None if chunk.padding is None else chunk.padding.reshape(*q.shape[:2], 1)
                 if is_padding is not None:
-                    grad_l = grad_l.masked_fill(is_padding, 0)
-                grad_scores = grad_scores + probabilities * grad_l
+                    grad_out = grad_out.masked_fill(is_padding, 0)
+                # The fused form of p * (dp - sum(p * dp)): one pass over the scores instead of three.
+                grad_scores = torch._softmax_backward_data(grad_out @ v.mT, probabilities, -1, dtype)
+                if grad_lse is not None:
+                    grad_l = grad_lse.reshape(-1).index_select(0, chunk.query_rows).reshape(*q.shape[:2], 1)
+                    if is_padding is not None:
+                        grad_l = grad_l.masked_fill(is_padding, 0)
+                    grad_scores = grad_scores + probabilities * grad_l
 
-            _scatter_add(grad_query, chunk.query_rows, (grad_scores @ k).mul_(scale), None, chunk)
-            _scatter_add(grad_key, chunk.key_rows, (grad_scores.mT @ q).mul_(scale), grad_additional_keys, chunk)
-            _scatter_add(grad_value, chunk.key_rows, probabilities.mT @ grad_out, grad_additional_values, chunk)
-            if rpb is not None:
-                window_scores = grad_scores[..., : grad_scores.shape[-1] - additional]
-                per_head = window_scores.reshape(*chunk.bias.shape[:3], -1, *chunk.bias_index.shape[1:])
-                per_head = per_head.sum(0).transpose(1, 2).reshape(len(table), -1)
-                grad_table.index_add_(1, chunk.bias_index.flatten(), per_head)
+                _scatter_add(grad_query, chunk.query_rows, (grad_scores @ k).mul_(scale), None, chunk)
+                _scatter_add(grad_key, chunk.key_rows, (grad_scores.mT @ q).mul_(scale), grad_additional_keys, chunk)
+                _scatter_add(grad_value, chunk.key_rows, probabilities.mT @ grad_out, grad_additional_values, chunk)
+                if rpb is not None:
+                    window_scores = grad_scores[..., : grad_scores.shape[-1] - additional]
+                    per_head = window_scores.reshape(*chunk.bias.shape[:3], -1, *chunk.bias_index.shape[1:])
+                    per_head = per_head.sum(0).transpose(1, 2).reshape(len(table), -1)
+                    grad_table.index_add_(1, chunk.bias_index.flatten(), per_head)
         grad_rpb = None if rpb is None else grad_table[:, :-1].reshape(rpb.shape)
         grads = [grad_query, grad_key, grad_value, grad_rpb, grad_additional_keys, grad_additional_values]
         typed = [None if g is None else g.to(x.dtype) for g, x in zip(grads, ctx.saved_tensors, strict=True)]
-        return *typed, None, None, None
+        return *typed, None, None, None, None
 
 
 def _scatter_add(grad: Tensor, rows: Tensor, matrices: Tensor, grad_additional: Tensor | None, chunk: _Chunk) -> None:
@@ -286,8 +293,9 @@ def _scatter_add(grad: Tensor, rows: Tensor, matrices: Tensor, grad_additional: 
     grad.view(-1, width).index_add_(0, rows, matrices.reshape(-1, width))
 
 
-def _compute_dtype(x: Tensor) -> torch.dtype:
-    return torch.float64 if x.dtype == torch.float64 else torch.float32
+@torch.compiler.allow_in_graph  # torch.compile then sees the tensor operations, not how tiles are found
+def _apply(*arguments: Any) -> tuple[Tensor, Tensor | None]:
+    return _BlockedAttention.apply(*arguments)
 
 
 def attend(
@@ -309,6 +317,7 @@ def attend(
         output `[B, *spatial, heads, head_dim_v]` in the query's dtype; with `return_lse` the log-sum-exp
         `[B, *spatial, heads]` in the computing dtype, else None.
     """
-    return _BlockedAttention.apply(
-        query, key, value, rpb, additional_keys, additional_values, axes, scale, return_lse
+    single_chunk = torch.compiler.is_compiling()
+    return _apply(
+        query, key, value, rpb, additional_keys, additional_values, axes, scale, return_lse, single_chunk
     )  # fmt: skip

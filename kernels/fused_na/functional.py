@@ -4,16 +4,19 @@ Shapes use `B` batch, `*spatial` one to three axes of tokens (`[L]`, `[H, W]` or
 """
 
 from collections.abc import Sequence
+from operator import index
 from typing import TypeVar
 
 import torch
 from torch import Tensor
 
-from fused_na import blocked, reference
+from fused_na import blocked, ops, reference
+from fused_na.precision import is_autocast_enabled, without_autocast
 from fused_na.window import Axis
 
 _T = TypeVar("_T")
 
+HAS_TRITON = find_spec("triton") is not None
 BACKENDS = ("triton", "blocked", "reference")
 _DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
@@ -109,8 +112,8 @@ def neighborhood_attention(
     scaled_dot_product_attention.
 
     Args:
-        query: `[B, *spatial, heads, head_dim]`; float16, bfloat16, float32 or float64. Views, such as slices of a packed
-            qkv projection, are fine.
+        query: `[B, *spatial, heads, head_dim]`; float16, bfloat16, float32 or float64. Views, such as slices of a
+            packed qkv projection, are fine.
         key: `[B, *spatial, heads_kv, head_dim]`, where `heads_kv` divides `heads` (grouped-query attention).
         value: `[B, *spatial, heads_kv, head_dim_v]`.
         kernel_size: window size in tokens per axis; an int holds for all axes. `kernel_size * dilation` may not exceed
@@ -144,8 +147,9 @@ def neighborhood_attention(
     )
     if scale is None:
         scale = query.shape[-1] ** -0.5
-    attend = _backend(backend)
-    output, lse = attend(query, key, value, axes, float(scale), rpb, additional_keys, additional_values, return_lse)
+    attend = _backend(backend, query, value)
+    with without_autocast(query.device):
+        output, lse = attend(query, key, value, axes, float(scale), rpb, additional_keys, additional_values, return_lse)
     return (output, lse) if return_lse else output
 
 
@@ -183,21 +187,52 @@ def merge_attentions(outputs: Sequence[Tensor], lses: Sequence[Tensor]) -> tuple
     return merged.to(outputs[0].dtype), lse
 
 
-def _backend(name: str | None):
-    if name is None or name == "blocked":
+def available_backends(
+    query: Tensor, key: Tensor, value: Tensor, additional_keys: Tensor | None = None
+) -> dict[str, str | None]:
+    """Which backends can run on these tensors: None for those that can, for the others why they cannot.
+
+    Args:
+        query, key, value: as for `neighborhood_attention`.
+        additional_keys: likewise.
+    """
+    return {"triton": _why_not_triton(query, value), "blocked": None, "reference": None}
+
+
+def _why_not_triton(query: Tensor, value: Tensor) -> str | None:
+    if not HAS_TRITON:
+        return "triton is not installed"
+    is_interpreted = os.environ.get("TRITON_INTERPRET") == "1"
+    if query.device.type != "cuda" and not is_interpreted and query.device.type != "meta":
+        return f"it needs an NVIDIA GPU, the tensors are on {query.device}"
+    if query.dtype not in (torch.float16, torch.bfloat16, torch.float32):
+        return f"it computes in float16, bfloat16 and float32, not {str(query.dtype).removeprefix('torch.')}"
+    for name, width in (("head_dim", query.shape[-1]), ("head_dim_v", value.shape[-1])):
+        if width % 8 or not 8 <= width <= 256:
+            return f"{name} must be a multiple of 8 from 8 to 256, got {width}"
+    return None
+
+
+def _backend(name: str | None, query: Tensor, value: Tensor) -> Callable[..., tuple[Tensor, Tensor | None]]:
+    if name is None:
+        name = "triton" if query.device.type == "cuda" and _why_not_triton(query, value) is None else "blocked"
+    if name == "blocked":
         return blocked.attend
     if name == "reference":
         return reference.attend
     if name == "triton":
-        raise ValueError("backend='triton' is not available in this version; use 'blocked', 'reference' or None")
+        reason = _why_not_triton(query, value)
+        if reason is not None:
+            raise ValueError(f"backend='triton' cannot run this call: {reason}")
+        return ops.attend
     raise ValueError(f"backend must be one of {', '.join(map(repr, BACKENDS))} or None, got {name!r}")
 
 
 def _autocast(*tensors: Tensor | None) -> list:
-    device_type = next(t.device.type for t in tensors if t is not None)
-    if not torch.is_autocast_enabled(device_type):
+    device = next(t.device for t in tensors if t is not None)
+    if not is_autocast_enabled(device):
         return list(tensors)
-    dtype = torch.get_autocast_dtype(device_type)
+    dtype = torch.get_autocast_dtype(device.type)
     return [t if t is None or t.dtype == torch.float64 else t.to(dtype) for t in tensors]
 
 
@@ -279,7 +314,7 @@ def _check_arguments(
             )
         if not 1 <= s <= k:
             raise ValueError(f"stride must be between 1 and kernel_size {k}, got {s} on spatial axis {i}")
-        axes.append(Axis(length, k, s, d, c))
+        axes.append(Axis(index(length), k, s, d, c))
 
     if rpb is not None:
         shape = [heads, *(2 * k - 1 for k in kernel_sizes)]

@@ -9,11 +9,12 @@ from math import prod
 import torch
 from torch import Tensor
 
+from fused_na.precision import compute_dtype
 from fused_na.window import Axis, group_members, window
 
 
 def axis_tables(axis: Axis) -> tuple[Tensor, Tensor]:
-    """Whether each query attends to each key, bool, and the pair's offset into the bias, int64; both `[length, length]`.
+    """Whether each query attends to each key, bool, and their offset into the bias, int64; both `[length, length]`.
 
     The offset is clamped into the bias where they do not attend.
     """
@@ -55,7 +56,7 @@ def attend(
         output `[B, *spatial, heads, head_dim_v]` in the query's dtype; with `return_lse` the log-sum-exp
         `[B, *spatial, heads]` in the computing dtype, else None.
     """
-    dtype = torch.float64 if query.dtype == torch.float64 else torch.float32
+    dtype = compute_dtype(query.dtype)
     repeats = query.shape[-2] // key.shape[-2]
 
     def heads_first(x: Tensor, repeats: int = 1) -> Tensor:
