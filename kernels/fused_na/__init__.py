@@ -1,5 +1,5 @@
 """Fused neighborhood attention in one, two and three dimensions: `fused_na.na2d(query, key, value, kernel_size=7)`."""
 
-from fused_na.functional import merge_attentions, na1d, na2d, na3d, neighborhood_attention
+from fused_na.functional import available_backends, merge_attentions, na1d, na2d, na3d, neighborhood_attention
 
-__all__ = ["merge_attentions", "na1d", "na2d", "na3d", "neighborhood_attention"]
+__all__ = ["available_backends", "merge_attentions", "na1d", "na2d", "na3d", "neighborhood_attention"]

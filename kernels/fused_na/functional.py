@@ -3,7 +3,9 @@
 Shapes use `B` batch, `*spatial` one to three axes of tokens (`[L]`, `[H, W]` or `[T, H, W]`), and heads last.
 """
 
-from collections.abc import Sequence
+import os
+from collections.abc import Callable, Sequence
+from importlib.util import find_spec
 from operator import index
 from typing import TypeVar
 

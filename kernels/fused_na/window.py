@@ -44,8 +44,8 @@ def inverse_window(axis: Axis, key: int, members: int) -> tuple[int, int]:
     k, s = axis.kernel_size, axis.stride
     if axis.is_causal:
         return key, members if key + k >= members else min((key + k - s) // s * s + s, members)
-    # A window starts at or before `key` iff its leader does not pass `key + k // 2`, and reaches it iff its leader is at
-    # least `key - k + 1 + k // 2`; next to the borders, where windows are shifted inwards, every leader will do.
+    # A window starts at or before `key` iff its leader does not pass `key + k // 2`, and reaches it iff its leader is
+    # at least `key - k + 1 + k // 2`; next to the borders, where windows are shifted inwards, every leader will do.
     first = 0 if key < k else -((key - k + 1 + k // 2 - s // 2) // -s) * s
     end = members if key >= members - k else min((key + k // 2 - s // 2) // s * s + s, members)
     return first, end

@@ -1,0 +1,467 @@
+"""The backward kernels. Each gradient is owned by the program that writes it, so that results are deterministic.
+
+With scores `s`, probabilities `p = exp(s - lse)` and incoming gradients `do` and `dlse`:
+`delta = rowsum(o * do) - dlse`, `ds = p * (do @ v.T - delta)`, `dq = ds @ k * scale`, `dk = ds.T @ q * scale`, `dv = p.T @ do`,
+and the gradient of a relative position's bias is the sum of `ds` over all pairs at that position.
+"""
+
+import triton
+import triton.language as tl
+
+from fused_na.triton.neighborhood import (
+    below,
+    bias_center,
+    bias_position,
+    clamped,
+    dilated,
+    inverse_windows,
+    load_rows,
+    locate,
+    offset,
+    store_rows,
+    tile_begin,
+    tile_grid,
+    unravel,
+    windows,
+    within,
+)
+
+LOG2_E = tl.constexpr(1.4426950408889634)
+
+
+@triton.jit(do_not_specialize=["length_t", "length_h", "length_w", "heads", "additional"])
+def query_kernel(
+    query,
+    key,
+    value,
+    rpb,
+    additional_keys,
+    additional_values,
+    output,
+    lse,
+    grad_output,
+    grad_lse,
+    grad_query,
+    delta,
+    scale,
+    length_t,
+    length_h,
+    length_w,
+    dilations,
+    heads,
+    additional,
+    query_strides,  # batch, t, h, w, heads; head_dim is contiguous
+    key_strides,
+    value_strides,
+    grad_output_strides,
+    additional_keys_strides,  # batch, tokens, heads
+    additional_values_strides,
+    HEADS_PER_KV: tl.constexpr,
+    KERNEL: tl.constexpr,
+    STRIDE: tl.constexpr,
+    CAUSAL: tl.constexpr,
+    QUERY_TILE: tl.constexpr,
+    KEY_TILE: tl.constexpr,
+    HEAD_DIM: tl.constexpr,
+    HEAD_DIM_V: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    BLOCK_DV: tl.constexpr,
+    WIDE: tl.constexpr,
+    PRECISION: tl.constexpr,
+    STAGES: tl.constexpr,
+):
+    """Gradient of one tile of queries of one head, and `delta` of its rows, which the other kernels read."""
+    QUERIES: tl.constexpr = QUERY_TILE[0] * QUERY_TILE[1] * QUERY_TILE[2]
+    KEYS: tl.constexpr = KEY_TILE[0] * KEY_TILE[1] * KEY_TILE[2]
+    lengths = (length_t, length_h, length_w)
+
+    rest, group, members, begin = locate(tl.program_id(0), lengths, dilations, QUERY_TILE)
+    if (begin[0] >= members[0]) | (begin[1] >= members[1]) | (begin[2] >= members[2]):
+        return
+    head = rest % heads
+    batch = (rest // heads).to(tl.int64)
+    head_kv = head // HEADS_PER_KV
+
+    inner = unravel(tl.arange(0, QUERIES), QUERY_TILE)
+    member = clamped(begin, inner, members)
+    is_query = below(begin, inner, members)
+    token = dilated(group, member, dilations)
+    query_base = query + batch * query_strides[0] + head * query_strides[4]
+    q = load_rows(query_base, offset(token, query_strides[1:4], WIDE), is_query, HEAD_DIM, BLOCK_D)
+    grad_base = grad_output + batch * grad_output_strides[0] + head * grad_output_strides[4]
+    grad_o = load_rows(grad_base, offset(token, grad_output_strides[1:4], WIDE), is_query, HEAD_DIM_V, BLOCK_DV)
+
+    tokens = length_t.to(tl.int64) * length_h * length_w
+    row = offset(token, (length_h * length_w, length_w, 1), WIDE) * heads
+    row_base = batch * tokens * heads + head
+    o = load_rows(output + row_base * HEAD_DIM_V, row * HEAD_DIM_V, is_query, HEAD_DIM_V, BLOCK_DV)
+    row_delta = tl.sum(o.to(tl.float32) * grad_o.to(tl.float32), 1)
+    if grad_lse is not None:
+        row_delta -= tl.load(grad_lse + row_base + row, mask=is_query, other=0.0)
+    tl.store(delta + row_base + row, row_delta, mask=is_query)
+    row_lse = tl.load(lse + row_base + row, mask=is_query, other=0.0) * LOG2_E
+
+    start, end = windows(member, members, KERNEL, STRIDE, CAUSAL)
+    first, _ = windows(begin, members, KERNEL, STRIDE, CAUSAL)
+    last = clamped(begin, (QUERY_TILE[0] - 1, QUERY_TILE[1] - 1, QUERY_TILE[2] - 1), members)
+    _, stop = windows(last, members, KERNEL, STRIDE, CAUSAL)
+    grid = tile_grid(first, stop, KEY_TILE)
+
+    key_inner = unravel(tl.arange(0, KEYS), KEY_TILE)
+    key_base = key + batch * key_strides[0] + head_kv * key_strides[4]
+    value_base = value + batch * value_strides[0] + head_kv * value_strides[4]
+    no_group = (group[0] * 0, group[1] * 0, group[2] * 0)
+    key_rows = offset(dilated(no_group, key_inner, dilations), key_strides[1:4], WIDE)
+    value_rows = offset(dilated(no_group, key_inner, dilations), value_strides[1:4], WIDE)
+    if rpb is not None:
+        rpb_base = rpb + head * ((2 * KERNEL[0] - 1) * (2 * KERNEL[1] - 1) * (2 * KERNEL[2] - 1)) + bias_center(KERNEL)
+        query_position = bias_position(member, KERNEL)
+        key_position = bias_position(key_inner, KERNEL)
+
+    grad_q = tl.zeros([QUERIES, BLOCK_D], tl.float32)
+    for step in tl.range(0, grid[0] * grid[1] * grid[2], num_stages=STAGES):
+        key_begin = tile_begin(step, first, grid, KEY_TILE)
+        key_token = dilated(group, key_begin, dilations)
+        is_key = below(key_begin, key_inner, stop)
+        k = load_rows(key_base + offset(key_token, key_strides[1:4], WIDE), key_rows, is_key, HEAD_DIM, BLOCK_D)
+        v = load_rows(value_base + offset(key_token, value_strides[1:4], WIDE), value_rows, is_key, HEAD_DIM_V, BLOCK_DV)
+        scores = tl.dot(q, k.T, input_precision=PRECISION) * (scale * LOG2_E)
+        attends = within(start, end, key_begin, key_inner, QUERY_TILE, KEY_TILE)
+        if rpb is not None:
+            position = (bias_position(key_begin, KERNEL) + key_position)[None, :] - query_position[:, None]
+            scores += tl.load(rpb_base + position, mask=attends, other=0.0).to(tl.float32) * LOG2_E
+        probabilities = tl.where(attends, tl.exp2(scores - row_lse[:, None]), 0.0)
+        grad_scores = probabilities * (tl.dot(grad_o, v.T, input_precision=PRECISION) - row_delta[:, None])
+        grad_q = tl.dot(grad_scores.to(k.dtype), k, grad_q, input_precision=PRECISION)
+
+    if additional_keys is not None:
+        extra_keys = additional_keys + batch * additional_keys_strides[0] + head_kv * additional_keys_strides[2]
+        extra_values = additional_values + batch * additional_values_strides[0] + head_kv * additional_values_strides[2]
+        for extra_begin in tl.range(0, additional, KEYS):
+            extra = extra_begin + tl.arange(0, KEYS)
+            k = load_rows(extra_keys, extra * additional_keys_strides[1], extra < additional, HEAD_DIM, BLOCK_D)
+            v = load_rows(extra_values, extra * additional_values_strides[1], extra < additional, HEAD_DIM_V, BLOCK_DV)
+            scores = tl.dot(q, k.T, input_precision=PRECISION) * (scale * LOG2_E)
+            probabilities = tl.where((extra < additional)[None, :], tl.exp2(scores - row_lse[:, None]), 0.0)
+            grad_scores = probabilities * (tl.dot(grad_o, v.T, input_precision=PRECISION) - row_delta[:, None])
+            grad_q = tl.dot(grad_scores.to(k.dtype), k, grad_q, input_precision=PRECISION)
+
+    store_rows(grad_query + row_base * HEAD_DIM, row * HEAD_DIM, is_query, grad_q * scale, HEAD_DIM, BLOCK_D)
+
+
+@triton.jit(do_not_specialize=["length_t", "length_h", "length_w", "heads"])
+def key_value_kernel(
+    query,
+    key,
+    value,
+    rpb,
+    lse,
+    delta,
+    grad_output,
+    grad_key,
+    grad_value,
+    scale,
+    length_t,
+    length_h,
+    length_w,
+    dilations,
+    heads,
+    query_strides,  # batch, t, h, w, heads; head_dim is contiguous
+    key_strides,
+    value_strides,
+    grad_output_strides,
+    HEADS_PER_KV: tl.constexpr,
+    KERNEL: tl.constexpr,
+    STRIDE: tl.constexpr,
+    CAUSAL: tl.constexpr,
+    QUERY_TILE: tl.constexpr,
+    KEY_TILE: tl.constexpr,
+    HEAD_DIM: tl.constexpr,
+    HEAD_DIM_V: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    BLOCK_DV: tl.constexpr,
+    WIDE: tl.constexpr,
+    PRECISION: tl.constexpr,
+    STAGES: tl.constexpr,
+):
+    """Gradients of one tile of keys and values of one head, over the queries of its inverse windows."""
+    QUERIES: tl.constexpr = QUERY_TILE[0] * QUERY_TILE[1] * QUERY_TILE[2]
+    KEYS: tl.constexpr = KEY_TILE[0] * KEY_TILE[1] * KEY_TILE[2]
+    lengths = (length_t, length_h, length_w)
+
+    rest, group, members, begin = locate(tl.program_id(0), lengths, dilations, KEY_TILE)
+    if (begin[0] >= members[0]) | (begin[1] >= members[1]) | (begin[2] >= members[2]):
+        return
+    heads_kv = heads // HEADS_PER_KV
+    head_kv = rest % heads_kv
+    batch = (rest // heads_kv).to(tl.int64)
+
+    inner = unravel(tl.arange(0, KEYS), KEY_TILE)
+    member = clamped(begin, inner, members)
+    is_key = below(begin, inner, members)
+    token = dilated(group, member, dilations)
+    key_base = key + batch * key_strides[0] + head_kv * key_strides[4]
+    value_base = value + batch * value_strides[0] + head_kv * value_strides[4]
+    k = load_rows(key_base, offset(token, key_strides[1:4], WIDE), is_key, HEAD_DIM, BLOCK_D)
+    v = load_rows(value_base, offset(token, value_strides[1:4], WIDE), is_key, HEAD_DIM_V, BLOCK_DV)
+
+    start, end = inverse_windows(member, members, KERNEL, STRIDE, CAUSAL)
+    first, _ = inverse_windows(begin, members, KERNEL, STRIDE, CAUSAL)
+    last = clamped(begin, (KEY_TILE[0] - 1, KEY_TILE[1] - 1, KEY_TILE[2] - 1), members)
+    _, stop = inverse_windows(last, members, KERNEL, STRIDE, CAUSAL)
+    grid = tile_grid(first, stop, QUERY_TILE)
+    steps = grid[0] * grid[1] * grid[2]
+
+    query_inner = unravel(tl.arange(0, QUERIES), QUERY_TILE)
+    no_group = (group[0] * 0, group[1] * 0, group[2] * 0)
+    query_token = dilated(no_group, query_inner, dilations)
+    query_rows = offset(query_token, query_strides[1:4], WIDE)
+    grad_rows = offset(query_token, grad_output_strides[1:4], WIDE)
+    row_strides = (length_h * length_w, length_w, 1)
+    lse_rows = offset(query_token, row_strides, WIDE) * heads
+    tokens = length_t.to(tl.int64) * length_h * length_w
+    key_position = bias_position(member, KERNEL)
+    query_position = bias_position(query_inner, KERNEL)
+
+    grad_k = tl.zeros([KEYS, BLOCK_D], tl.float32)
+    grad_v = tl.zeros([KEYS, BLOCK_DV], tl.float32)
+    for step in tl.range(0, HEADS_PER_KV * steps, num_stages=STAGES):
+        head = head_kv * HEADS_PER_KV + step // steps
+        query_begin = tile_begin(step % steps, first, grid, QUERY_TILE)
+        query_origin = dilated(group, query_begin, dilations)
+        is_query = below(query_begin, query_inner, stop)
+        query_base = query + batch * query_strides[0] + head * query_strides[4]
+        query_base += offset(query_origin, query_strides[1:4], WIDE)
+        q = load_rows(query_base, query_rows, is_query, HEAD_DIM, BLOCK_D)
+        grad_base = grad_output + batch * grad_output_strides[0] + head * grad_output_strides[4]
+        grad_base += offset(query_origin, grad_output_strides[1:4], WIDE)
+        grad_o = load_rows(grad_base, grad_rows, is_query, HEAD_DIM_V, BLOCK_DV)
+        row_base = (batch * tokens + offset(query_origin, row_strides, WIDE)) * heads + head
+        row_lse = tl.load(lse + row_base + lse_rows, mask=is_query, other=0.0) * LOG2_E
+        row_delta = tl.load(delta + row_base + lse_rows, mask=is_query, other=0.0)
+
+        scores = tl.dot(k, q.T, input_precision=PRECISION) * (scale * LOG2_E)
+        attends = within(start, end, query_begin, query_inner, KEY_TILE, QUERY_TILE)
+        if rpb is not None:
+            rpb_base = rpb + head * ((2 * KERNEL[0] - 1) * (2 * KERNEL[1] - 1) * (2 * KERNEL[2] - 1))
+            position = key_position[:, None] - (bias_position(query_begin, KERNEL) + query_position)[None, :]
+            bias = tl.load(rpb_base + bias_center(KERNEL) + position, mask=attends, other=0.0)
+            scores += bias.to(tl.float32) * LOG2_E
+        probabilities = tl.where(attends, tl.exp2(scores - row_lse[None, :]), 0.0)
+        grad_v = tl.dot(probabilities.to(grad_o.dtype), grad_o, grad_v, input_precision=PRECISION)
+        grad_scores = probabilities * (tl.dot(v, grad_o.T, input_precision=PRECISION) - row_delta[None, :])
+        grad_k = tl.dot(grad_scores.to(q.dtype), q, grad_k, input_precision=PRECISION)
+
+    row = offset(token, row_strides, WIDE) * heads_kv
+    row_base = batch * tokens * heads_kv + head_kv
+    store_rows(grad_key + row_base * HEAD_DIM, row * HEAD_DIM, is_key, grad_k * scale, HEAD_DIM, BLOCK_D)
+    store_rows(grad_value + row_base * HEAD_DIM_V, row * HEAD_DIM_V, is_key, grad_v, HEAD_DIM_V, BLOCK_DV)
+
+
+@triton.jit(do_not_specialize=["length_t", "length_h", "length_w", "heads", "items", "items_per_split"])
+def bias_kernel(
+    query,
+    key,
+    value,
+    rpb,
+    lse,
+    delta,
+    grad_output,
+    partial,
+    scale,
+    length_t,
+    length_h,
+    length_w,
+    dilations,
+    heads,
+    items,
+    items_per_split,
+    query_strides,  # batch, t, h, w, heads; head_dim is contiguous
+    key_strides,
+    value_strides,
+    grad_output_strides,
+    HEADS_PER_KV: tl.constexpr,
+    KERNEL: tl.constexpr,
+    STRIDE: tl.constexpr,
+    CAUSAL: tl.constexpr,
+    QUERY_TILE: tl.constexpr,
+    KEY_TILE: tl.constexpr,
+    OFFSETS: tl.constexpr,
+    HEAD_DIM: tl.constexpr,
+    HEAD_DIM_V: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    BLOCK_DV: tl.constexpr,
+    WIDE: tl.constexpr,
+    PRECISION: tl.constexpr,
+):
+    """Sums `ds` over a share of all query tiles, at one offset between query tile and key tile.
+
+    At a fixed offset a pair's relative position depends on its place in the tile alone, so that tiles add up in registers.
+    `partial` is `[splits, heads, offsets, queries, keys]`; `items` counts query tiles over groups and batch.
+    """
+    QUERIES: tl.constexpr = QUERY_TILE[0] * QUERY_TILE[1] * QUERY_TILE[2]
+    KEYS: tl.constexpr = KEY_TILE[0] * KEY_TILE[1] * KEY_TILE[2]
+    lengths = (length_t, length_h, length_w)
+    pid = tl.program_id(0)
+    place = unravel(pid % (OFFSETS[0] * OFFSETS[1] * OFFSETS[2]), OFFSETS)
+    head = pid // (OFFSETS[0] * OFFSETS[1] * OFFSETS[2]) % heads
+    split = pid // (OFFSETS[0] * OFFSETS[1] * OFFSETS[2]) // heads
+    head_kv = head // HEADS_PER_KV
+
+    inner = unravel(tl.arange(0, QUERIES), QUERY_TILE)
+    key_inner = unravel(tl.arange(0, KEYS), KEY_TILE)
+    tokens = length_t.to(tl.int64) * length_h * length_w
+    rpb_base = rpb + head * ((2 * KERNEL[0] - 1) * (2 * KERNEL[1] - 1) * (2 * KERNEL[2] - 1)) + bias_center(KERNEL)
+
+    total = tl.zeros([QUERIES, KEYS], tl.float32)
+    for item in range(split * items_per_split, tl.minimum((split + 1) * items_per_split, items)):
+        rest, group, members, begin = locate(item, lengths, dilations, QUERY_TILE)
+        batch = rest.to(tl.int64)
+        first, _ = windows(begin, members, KERNEL, STRIDE, CAUSAL)
+        last = clamped(begin, (QUERY_TILE[0] - 1, QUERY_TILE[1] - 1, QUERY_TILE[2] - 1), members)
+        _, stop = windows(last, members, KERNEL, STRIDE, CAUSAL)
+        key_begin = (
+            begin[0] + place[0] * KEY_TILE[0] - KERNEL[0] + 1,
+            begin[1] + place[1] * KEY_TILE[1] - KERNEL[1] + 1,
+            begin[2] + place[2] * KEY_TILE[2] - KERNEL[2] + 1,
+        )
+        overlaps = (key_begin[0] < stop[0]) & (key_begin[1] < stop[1]) & (key_begin[2] < stop[2])
+        overlaps &= (key_begin[0] + KEY_TILE[0] > first[0]) & (key_begin[1] + KEY_TILE[1] > first[1])
+        overlaps &= key_begin[2] + KEY_TILE[2] > first[2]
+        overlaps &= (begin[0] < members[0]) & (begin[1] < members[1]) & (begin[2] < members[2])
+        if overlaps:
+            member = clamped(begin, inner, members)
+            is_query = below(begin, inner, members)
+            token = dilated(group, member, dilations)
+            query_base = query + batch * query_strides[0] + head * query_strides[4]
+            q = load_rows(query_base, offset(token, query_strides[1:4], WIDE), is_query, HEAD_DIM, BLOCK_D)
+            grad_base = grad_output + batch * grad_output_strides[0] + head * grad_output_strides[4]
+            grad_o = load_rows(grad_base, offset(token, grad_output_strides[1:4], WIDE), is_query, HEAD_DIM_V, BLOCK_DV)
+            row = (batch * tokens + offset(token, (length_h * length_w, length_w, 1), WIDE)) * heads + head
+            row_lse = tl.load(lse + row, mask=is_query, other=0.0) * LOG2_E
+            row_delta = tl.load(delta + row, mask=is_query, other=0.0)
+            start, end = windows(member, members, KERNEL, STRIDE, CAUSAL)
+
+            key_member = (key_begin[0] + key_inner[0], key_begin[1] + key_inner[1], key_begin[2] + key_inner[2])
+            is_key = below(key_begin, key_inner, stop)
+            is_key &= (key_member[0] >= first[0]) & (key_member[1] >= first[1]) & (key_member[2] >= first[2])
+            key_token = dilated(group, key_member, dilations)
+            key_base = key + batch * key_strides[0] + head_kv * key_strides[4]
+            k = load_rows(key_base, offset(key_token, key_strides[1:4], WIDE), is_key, HEAD_DIM, BLOCK_D)
+            value_base = value + batch * value_strides[0] + head_kv * value_strides[4]
+            v = load_rows(value_base, offset(key_token, value_strides[1:4], WIDE), is_key, HEAD_DIM_V, BLOCK_DV)
+
+            scores = tl.dot(q, k.T, input_precision=PRECISION) * (scale * LOG2_E)
+            attends = within(start, end, key_begin, key_inner, QUERY_TILE, KEY_TILE) & is_query[:, None]
+            position = bias_position(key_member, KERNEL)[None, :] - bias_position(member, KERNEL)[:, None]
+            scores += tl.load(rpb_base + position, mask=attends, other=0.0).to(tl.float32) * LOG2_E
+            probabilities = tl.where(attends, tl.exp2(scores - row_lse[:, None]), 0.0)
+            total += probabilities * (tl.dot(grad_o, v.T, input_precision=PRECISION) - row_delta[:, None])
+    pair = tl.arange(0, QUERIES)[:, None] * KEYS + tl.arange(0, KEYS)[None, :]
+    tl.store(partial + pid.to(tl.int64) * (QUERIES * KEYS) + pair, total)
+
+
+@triton.jit(do_not_specialize=["heads", "splits"])
+def bias_fold_kernel(
+    partial,
+    grad_rpb,
+    heads,
+    splits,
+    KERNEL: tl.constexpr,
+    QUERY_TILE: tl.constexpr,
+    KEY_TILE: tl.constexpr,
+    OFFSETS: tl.constexpr,
+):
+    """Adds up one relative position of one head: each query of a tile meets it in exactly one tile offset and key."""
+    QUERIES: tl.constexpr = QUERY_TILE[0] * QUERY_TILE[1] * QUERY_TILE[2]
+    KEYS: tl.constexpr = KEY_TILE[0] * KEY_TILE[1] * KEY_TILE[2]
+    PLACES: tl.constexpr = OFFSETS[0] * OFFSETS[1] * OFFSETS[2]
+    POSITIONS: tl.constexpr = (2 * KERNEL[0] - 1) * (2 * KERNEL[1] - 1) * (2 * KERNEL[2] - 1)
+    pid = tl.program_id(0)
+    head = pid // POSITIONS
+    position = unravel(pid % POSITIONS, (2 * KERNEL[0] - 1, 2 * KERNEL[1] - 1, 2 * KERNEL[2] - 1))
+    inner = unravel(tl.arange(0, QUERIES), QUERY_TILE)
+    t, h, w = inner[0] + position[0], inner[1] + position[1], inner[2] + position[2]
+    place = ((t // KEY_TILE[0]) * OFFSETS[1] + h // KEY_TILE[1]) * OFFSETS[2] + w // KEY_TILE[2]
+    pair_key = (t % KEY_TILE[0] * KEY_TILE[1] + h % KEY_TILE[1]) * KEY_TILE[2] + w % KEY_TILE[2]
+    pair = (place * QUERIES + tl.arange(0, QUERIES)) * KEYS + pair_key
+    total = tl.zeros([QUERIES], tl.float32)
+    for split in range(splits):
+        total += tl.load(partial + (split * heads + head).to(tl.int64) * (PLACES * QUERIES * KEYS) + pair)
+    tl.store(grad_rpb + pid, tl.sum(total, 0))
+
+
+@triton.jit(do_not_specialize=["length_t", "length_h", "length_w", "heads", "additional", "tokens_per_split"])
+def additional_kernel(
+    query,
+    additional_keys,
+    additional_values,
+    lse,
+    delta,
+    grad_output,
+    partial_keys,
+    partial_values,
+    scale,
+    length_t,
+    length_h,
+    length_w,
+    batches,
+    heads,
+    additional,
+    tokens_per_split,
+    query_strides,  # batch, t, h, w, heads; head_dim is contiguous
+    grad_output_strides,
+    additional_keys_strides,  # batch, tokens, heads
+    additional_values_strides,
+    HEADS_PER_KV: tl.constexpr,
+    QUERIES: tl.constexpr,
+    KEYS: tl.constexpr,
+    HEAD_DIM: tl.constexpr,
+    HEAD_DIM_V: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    BLOCK_DV: tl.constexpr,
+    WIDE: tl.constexpr,
+    PRECISION: tl.constexpr,
+):
+    """Gradients of a block of additional tokens of one head over a share of the queries.
+
+    The partial sums are float32 `[splits, B, M, heads_kv, head_dim]` and `[splits, B, M, heads_kv, head_dim_v]`.
+    """
+    heads_kv = heads // HEADS_PER_KV
+    blocks = tl.cdiv(additional, KEYS)
+    pid = tl.program_id(0)
+    extra = pid % blocks * KEYS + tl.arange(0, KEYS)
+    is_extra = extra < additional
+    head_kv = pid // blocks % heads_kv
+    batch = (pid // blocks // heads_kv % batches).to(tl.int64)
+    split = pid // blocks // heads_kv // batches
+
+    keys_base = additional_keys + batch * additional_keys_strides[0] + head_kv * additional_keys_strides[2]
+    values_base = additional_values + batch * additional_values_strides[0] + head_kv * additional_values_strides[2]
+    k = load_rows(keys_base, extra * additional_keys_strides[1], is_extra, HEAD_DIM, BLOCK_D)
+    v = load_rows(values_base, extra * additional_values_strides[1], is_extra, HEAD_DIM_V, BLOCK_DV)
+    tokens = length_t * length_h * length_w
+    grad_k = tl.zeros([KEYS, BLOCK_D], tl.float32)
+    grad_v = tl.zeros([KEYS, BLOCK_DV], tl.float32)
+    begin = split * tokens_per_split
+    stop = tl.minimum(begin + tokens_per_split, tokens)
+    for head in range(head_kv * HEADS_PER_KV, (head_kv + 1) * HEADS_PER_KV):
+        for first in range(begin, stop, QUERIES):
+            index = first + tl.arange(0, QUERIES)
+            is_query = index < stop
+            token = (index // (length_h * length_w), index // length_w % length_h, index % length_w)
+            query_base = query + batch * query_strides[0] + head * query_strides[4]
+            q = load_rows(query_base, offset(token, query_strides[1:4], WIDE), is_query, HEAD_DIM, BLOCK_D)
+            grad_base = grad_output + batch * grad_output_strides[0] + head * grad_output_strides[4]
+            grad_o = load_rows(grad_base, offset(token, grad_output_strides[1:4], WIDE), is_query, HEAD_DIM_V, BLOCK_DV)
+            row = (batch * tokens + index) * heads + head
+            row_lse = tl.load(lse + row, mask=is_query, other=0.0) * LOG2_E
+            row_delta = tl.load(delta + row, mask=is_query, other=0.0)
+            scores = tl.dot(k, q.T, input_precision=PRECISION) * (scale * LOG2_E)
+            probabilities = tl.where(is_query[None, :], tl.exp2(scores - row_lse[None, :]), 0.0)
+            grad_v = tl.dot(probabilities.to(grad_o.dtype), grad_o, grad_v, input_precision=PRECISION)
+            grad_scores = probabilities * (tl.dot(v, grad_o.T, input_precision=PRECISION) - row_delta[None, :])
+            grad_k = tl.dot(grad_scores.to(q.dtype), q, grad_k, input_precision=PRECISION)
+    row = ((split * batches + batch) * additional + extra) * heads_kv + head_kv
+    store_rows(partial_keys, row * HEAD_DIM, is_extra, grad_k * scale, HEAD_DIM, BLOCK_D)
+    store_rows(partial_values, row * HEAD_DIM_V, is_extra, grad_v, HEAD_DIM_V, BLOCK_DV)

@@ -1,0 +1,143 @@
+"""The forward kernel: one program attends from one tile of queries of one head to the union of their windows."""
+
+import triton
+import triton.language as tl
+
+from fused_na.triton.neighborhood import (
+    below,
+    bias_center,
+    bias_position,
+    clamped,
+    dilated,
+    load_rows,
+    locate,
+    offset,
+    store_rows,
+    tile_begin,
+    tile_grid,
+    unravel,
+    windows,
+    within,
+)
+
+
+@triton.jit
+def softmax_step(scores, values, highest, total, accumulator, PRECISION: tl.constexpr):
+    """One step of the online softmax in base 2. Rows that have seen no key yet have `highest == -inf`."""
+    new_highest = tl.maximum(highest, tl.max(scores, 1))
+    reference = tl.where(new_highest == float("-inf"), 0.0, new_highest)
+    probabilities = tl.exp2(scores - reference[:, None])
+    rescale = tl.exp2(highest - reference)
+    total = total * rescale + tl.sum(probabilities, 1)
+    accumulator = accumulator * rescale[:, None]
+    accumulator = tl.dot(probabilities.to(values.dtype), values, accumulator, input_precision=PRECISION)
+    return new_highest, total, accumulator
+
+
+@triton.jit(do_not_specialize=["length_t", "length_h", "length_w", "heads", "additional"])
+def forward_kernel(
+    query,
+    key,
+    value,
+    rpb,
+    additional_keys,
+    additional_values,
+    output,
+    lse,
+    scale,
+    length_t,
+    length_h,
+    length_w,
+    dilations,
+    heads,
+    additional,
+    query_strides,  # batch, t, h, w, heads; head_dim is contiguous
+    key_strides,
+    value_strides,
+    additional_keys_strides,  # batch, tokens, heads
+    additional_values_strides,
+    HEADS_PER_KV: tl.constexpr,
+    KERNEL: tl.constexpr,
+    STRIDE: tl.constexpr,
+    CAUSAL: tl.constexpr,
+    QUERY_TILE: tl.constexpr,
+    KEY_TILE: tl.constexpr,
+    HEAD_DIM: tl.constexpr,
+    HEAD_DIM_V: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    BLOCK_DV: tl.constexpr,
+    WIDE: tl.constexpr,
+    PRECISION: tl.constexpr,
+    STAGES: tl.constexpr,
+):
+    LOG2_E: tl.constexpr = 1.4426950408889634
+    QUERIES: tl.constexpr = QUERY_TILE[0] * QUERY_TILE[1] * QUERY_TILE[2]
+    KEYS: tl.constexpr = KEY_TILE[0] * KEY_TILE[1] * KEY_TILE[2]
+    lengths = (length_t, length_h, length_w)
+
+    rest, group, members, begin = locate(tl.program_id(0), lengths, dilations, QUERY_TILE)
+    if (begin[0] >= members[0]) | (begin[1] >= members[1]) | (begin[2] >= members[2]):
+        return
+    head = rest % heads
+    batch = (rest // heads).to(tl.int64)
+    head_kv = head // HEADS_PER_KV
+
+    inner = unravel(tl.arange(0, QUERIES), QUERY_TILE)
+    member = clamped(begin, inner, members)
+    is_query = below(begin, inner, members)
+    token = dilated(group, member, dilations)
+    query_rows = offset(token, query_strides[1:4], WIDE)
+    query_base = query + batch * query_strides[0] + head * query_strides[4]
+    q = load_rows(query_base, query_rows, is_query, HEAD_DIM, BLOCK_D)
+
+    start, end = windows(member, members, KERNEL, STRIDE, CAUSAL)
+    first, _ = windows(begin, members, KERNEL, STRIDE, CAUSAL)
+    last = clamped(begin, (QUERY_TILE[0] - 1, QUERY_TILE[1] - 1, QUERY_TILE[2] - 1), members)
+    _, stop = windows(last, members, KERNEL, STRIDE, CAUSAL)
+    grid = tile_grid(first, stop, KEY_TILE)
+
+    key_inner = unravel(tl.arange(0, KEYS), KEY_TILE)
+    key_base = key + batch * key_strides[0] + head_kv * key_strides[4]
+    value_base = value + batch * value_strides[0] + head_kv * value_strides[4]
+    no_group = (group[0] * 0, group[1] * 0, group[2] * 0)
+    key_rows = offset(dilated(no_group, key_inner, dilations), key_strides[1:4], WIDE)
+    value_rows = offset(dilated(no_group, key_inner, dilations), value_strides[1:4], WIDE)
+    if rpb is not None:
+        rpb_base = rpb + head * ((2 * KERNEL[0] - 1) * (2 * KERNEL[1] - 1) * (2 * KERNEL[2] - 1)) + bias_center(KERNEL)
+        query_position = bias_position(member, KERNEL)
+        key_position = bias_position(key_inner, KERNEL)
+
+    highest = tl.full([QUERIES], float("-inf"), tl.float32)
+    total = tl.zeros([QUERIES], tl.float32)
+    accumulator = tl.zeros([QUERIES, BLOCK_DV], tl.float32)
+    for step in tl.range(0, grid[0] * grid[1] * grid[2], num_stages=STAGES):
+        key_begin = tile_begin(step, first, grid, KEY_TILE)
+        key_token = dilated(group, key_begin, dilations)
+        is_key = below(key_begin, key_inner, stop)
+        k = load_rows(key_base + offset(key_token, key_strides[1:4], WIDE), key_rows, is_key, HEAD_DIM, BLOCK_D)
+        scores = tl.dot(q, k.T, input_precision=PRECISION) * (scale * LOG2_E)
+        attends = within(start, end, key_begin, key_inner, QUERY_TILE, KEY_TILE)
+        if rpb is not None:
+            position = (bias_position(key_begin, KERNEL) + key_position)[None, :] - query_position[:, None]
+            scores += tl.load(rpb_base + position, mask=attends, other=0.0).to(tl.float32) * LOG2_E
+        scores = tl.where(attends, scores, float("-inf"))
+        v = load_rows(value_base + offset(key_token, value_strides[1:4], WIDE), value_rows, is_key, HEAD_DIM_V, BLOCK_DV)
+        highest, total, accumulator = softmax_step(scores, v, highest, total, accumulator, PRECISION)
+
+    if additional_keys is not None:
+        extra_keys = additional_keys + batch * additional_keys_strides[0] + head_kv * additional_keys_strides[2]
+        extra_values = additional_values + batch * additional_values_strides[0] + head_kv * additional_values_strides[2]
+        for extra_begin in tl.range(0, additional, KEYS):
+            extra = extra_begin + tl.arange(0, KEYS)
+            k = load_rows(extra_keys, extra * additional_keys_strides[1], extra < additional, HEAD_DIM, BLOCK_D)
+            v = load_rows(extra_values, extra * additional_values_strides[1], extra < additional, HEAD_DIM_V, BLOCK_DV)
+            scores = tl.dot(q, k.T, input_precision=PRECISION) * (scale * LOG2_E)
+            scores = tl.where((extra < additional)[None, :], scores, float("-inf"))
+            highest, total, accumulator = softmax_step(scores, v, highest, total, accumulator, PRECISION)
+
+    # Output and log-sum-exp are contiguous, `[B, *spatial, heads, head_dim_v]` and `[B, *spatial, heads]`.
+    tokens = length_t.to(tl.int64) * length_h * length_w
+    row = offset(token, (length_h * length_w, length_w, 1), WIDE) * heads
+    output_base = output + (batch * tokens * heads + head) * HEAD_DIM_V
+    store_rows(output_base, row * HEAD_DIM_V, is_query, accumulator / total[:, None], HEAD_DIM_V, BLOCK_DV)
+    tl.store(lse + batch * tokens * heads + head + row, (highest + tl.log2(total)) / LOG2_E, mask=is_query)

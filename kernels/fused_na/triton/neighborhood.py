@@ -1,0 +1,191 @@
+"""What the kernels share: where a tile lies, which keys its queries see, and where tokens are in memory.
+
+Every problem is treated as three-dimensional, `(t, h, w)`; missing leading axes have length 1. `fused_na.window` defines the
+rule; `window` and `inverse_window` here are the same functions on Triton tensors, and a test holds them equal. Counts are in
+members of a dilation group, so that inside a kernel nothing is dilated but the strides.
+"""
+
+import triton
+import triton.language as tl
+
+
+@triton.jit
+def window(index, members, KERNEL: tl.constexpr, STRIDE: tl.constexpr, CAUSAL: tl.constexpr):
+    """Keys `[start, end)` of in-group query indices."""
+    if CAUSAL:
+        leader = tl.minimum(index // STRIDE * STRIDE + STRIDE - 1, members - 1)
+        start = tl.maximum(leader - KERNEL + 1, 0)
+        end = index + 1
+    else:
+        leader = tl.minimum(index // STRIDE * STRIDE + STRIDE // 2, members - 1)
+        start = tl.minimum(tl.maximum(leader - KERNEL // 2, 0), members - KERNEL)
+        end = start + KERNEL
+    return start, end
+
+
+@triton.jit
+def inverse_window(index, members, KERNEL: tl.constexpr, STRIDE: tl.constexpr, CAUSAL: tl.constexpr):
+    """Queries `[first, end)` of in-group key indices."""
+    if CAUSAL:
+        first = index
+        last = (index + KERNEL - STRIDE) // STRIDE * STRIDE + STRIDE
+        end = tl.where(index + KERNEL >= members, members, tl.minimum(last, members))
+    else:
+        reach = index - KERNEL + 1 + KERNEL // 2 - STRIDE // 2
+        first = tl.where(index < KERNEL, 0, (reach + STRIDE - 1) // STRIDE * STRIDE)
+        last = (index + KERNEL // 2 - STRIDE // 2) // STRIDE * STRIDE + STRIDE
+        end = tl.where(index >= members - KERNEL, members, tl.minimum(last, members))
+    return first, end
+
+
+@triton.jit
+def locate(pid, lengths, dilations, TILE: tl.constexpr):
+    """Splits a program id into a tile of a dilation group and what is left (heads and batch).
+
+    Returns `(rest, group, members, begin)`; the last three hold one value per axis, `begin` the tile's first member. In the
+    smaller groups of an axis that its dilation does not divide, a last tile may lie outside: `begin >= members`.
+    """
+    tiles_t = tl.cdiv(tl.cdiv(lengths[0], dilations[0]), TILE[0])
+    tiles_h = tl.cdiv(tl.cdiv(lengths[1], dilations[1]), TILE[1])
+    tiles_w = tl.cdiv(tl.cdiv(lengths[2], dilations[2]), TILE[2])
+    begin_w = pid % tiles_w * TILE[2]
+    pid = pid // tiles_w
+    begin_h = pid % tiles_h * TILE[1]
+    pid = pid // tiles_h
+    begin_t = pid % tiles_t * TILE[0]
+    pid = pid // tiles_t
+    group_w = pid % dilations[2]
+    pid = pid // dilations[2]
+    group_h = pid % dilations[1]
+    pid = pid // dilations[1]
+    group_t = pid % dilations[0]
+    rest = pid // dilations[0]
+    members_t = tl.cdiv(lengths[0] - group_t, dilations[0])
+    members_h = tl.cdiv(lengths[1] - group_h, dilations[1])
+    members_w = tl.cdiv(lengths[2] - group_w, dilations[2])
+    return rest, (group_t, group_h, group_w), (members_t, members_h, members_w), (begin_t, begin_h, begin_w)
+
+
+@triton.jit
+def unravel(index, TILE: tl.constexpr):
+    """Coordinates `(t, h, w)` within a tile of the tile's rows."""
+    return index // (TILE[1] * TILE[2]), index // TILE[2] % TILE[1], index % TILE[2]
+
+
+@triton.jit
+def offset(coordinate, strides, WIDE: tl.constexpr):
+    """Elements from a tensor's start to coordinates `(t, h, w)`; `strides` are those of the three axes."""
+    t, h, w = coordinate
+    if WIDE:
+        t, h, w = t.to(tl.int64), h.to(tl.int64), w.to(tl.int64)
+    return t * strides[0] + h * strides[1] + w * strides[2]
+
+
+@triton.jit
+def dilated(group, member, dilations):
+    """Coordinates of members of a dilation group."""
+    return (
+        member[0] * dilations[0] + group[0],
+        member[1] * dilations[1] + group[1],
+        member[2] * dilations[2] + group[2],
+    )
+
+
+@triton.jit
+def windows(member, members, KERNEL: tl.constexpr, STRIDE: tl.constexpr, CAUSAL: tl.constexpr):
+    """`window` on each axis: `(start_t, start_h, start_w), (end_t, end_h, end_w)`."""
+    start_t, end_t = window(member[0], members[0], KERNEL[0], STRIDE[0], CAUSAL[0])
+    start_h, end_h = window(member[1], members[1], KERNEL[1], STRIDE[1], CAUSAL[1])
+    start_w, end_w = window(member[2], members[2], KERNEL[2], STRIDE[2], CAUSAL[2])
+    return (start_t, start_h, start_w), (end_t, end_h, end_w)
+
+
+@triton.jit
+def inverse_windows(member, members, KERNEL: tl.constexpr, STRIDE: tl.constexpr, CAUSAL: tl.constexpr):
+    """`inverse_window` on each axis."""
+    first_t, end_t = inverse_window(member[0], members[0], KERNEL[0], STRIDE[0], CAUSAL[0])
+    first_h, end_h = inverse_window(member[1], members[1], KERNEL[1], STRIDE[1], CAUSAL[1])
+    first_w, end_w = inverse_window(member[2], members[2], KERNEL[2], STRIDE[2], CAUSAL[2])
+    return (first_t, first_h, first_w), (end_t, end_h, end_w)
+
+
+@triton.jit
+def clamped(begin, inner, members):
+    """Members of a tile's rows, those beyond the group replaced by its last one."""
+    return (
+        tl.minimum(begin[0] + inner[0], members[0] - 1),
+        tl.minimum(begin[1] + inner[1], members[1] - 1),
+        tl.minimum(begin[2] + inner[2], members[2] - 1),
+    )
+
+
+@triton.jit
+def below(begin, inner, end):
+    """Whether a tile's rows lie before `end` on every axis."""
+    return (begin[0] + inner[0] < end[0]) & (begin[1] + inner[1] < end[1]) & (begin[2] + inner[2] < end[2])
+
+
+@triton.jit
+def within(row_start, row_end, begin, inner, ROW_TILE: tl.constexpr, COLUMN_TILE: tl.constexpr):
+    """Whether each column (member `begin + inner`) lies in each row's interval on every axis: `[rows, columns]`."""
+    t = begin[0] + inner[0]
+    h = begin[1] + inner[1]
+    w = begin[2] + inner[2]
+    # start <= x < end in one unsigned comparison.
+    width_w = (row_end[2] - row_start[2]).to(tl.uint32, bitcast=True)
+    inside = (w[None, :] - row_start[2][:, None]).to(tl.uint32, bitcast=True) < width_w[:, None]
+    if ROW_TILE[1] * COLUMN_TILE[1] > 1:
+        width_h = (row_end[1] - row_start[1]).to(tl.uint32, bitcast=True)
+        inside &= (h[None, :] - row_start[1][:, None]).to(tl.uint32, bitcast=True) < width_h[:, None]
+    if ROW_TILE[0] * COLUMN_TILE[0] > 1:
+        width_t = (row_end[0] - row_start[0]).to(tl.uint32, bitcast=True)
+        inside &= (t[None, :] - row_start[0][:, None]).to(tl.uint32, bitcast=True) < width_t[:, None]
+    return inside
+
+
+@triton.jit
+def tile_grid(begin, end, TILE: tl.constexpr):
+    """Tiles per axis that cover `[begin, end)`."""
+    return tl.cdiv(end[0] - begin[0], TILE[0]), tl.cdiv(end[1] - begin[1], TILE[1]), tl.cdiv(end[2] - begin[2], TILE[2])
+
+
+@triton.jit
+def tile_begin(step, begin, grid, TILE: tl.constexpr):
+    """First members of the tile number `step` of a grid that starts at `begin`."""
+    return (
+        begin[0] + step // (grid[1] * grid[2]) * TILE[0],
+        begin[1] + step // grid[2] % grid[1] * TILE[1],
+        begin[2] + step % grid[2] * TILE[2],
+    )
+
+
+@triton.jit
+def bias_position(member, KERNEL: tl.constexpr):
+    """A member's share of the index into the flattened relative positional bias: key's minus query's, plus `bias_center`."""
+    return (member[0] * (2 * KERNEL[1] - 1) + member[1]) * (2 * KERNEL[2] - 1) + member[2]
+
+
+@triton.jit
+def bias_center(KERNEL: tl.constexpr):
+    """Index of a token's bias for itself."""
+    return ((KERNEL[0] - 1) * (2 * KERNEL[1] - 1) + KERNEL[1] - 1) * (2 * KERNEL[2] - 1) + KERNEL[2] - 1
+
+
+@triton.jit
+def load_rows(base, rows, mask, HEAD_DIM: tl.constexpr, BLOCK: tl.constexpr):
+    """Loads `[rows, BLOCK]` from row offsets, zero where `mask` is false and beyond `HEAD_DIM`."""
+    column = tl.arange(0, BLOCK)
+    if BLOCK == HEAD_DIM:
+        return tl.load(base + rows[:, None] + column[None, :], mask=mask[:, None], other=0.0)
+    return tl.load(base + rows[:, None] + column[None, :], mask=mask[:, None] & (column < HEAD_DIM)[None, :], other=0.0)
+
+
+@triton.jit
+def store_rows(base, rows, mask, values, HEAD_DIM: tl.constexpr, BLOCK: tl.constexpr):
+    """Stores `[rows, BLOCK]`, the inverse of `load_rows`."""
+    column = tl.arange(0, BLOCK)
+    values = values.to(base.dtype.element_ty)
+    if BLOCK == HEAD_DIM:
+        tl.store(base + rows[:, None] + column[None, :], values, mask=mask[:, None])
+    else:
+        tl.store(base + rows[:, None] + column[None, :], values, mask=mask[:, None] & (column < HEAD_DIM)[None, :])
