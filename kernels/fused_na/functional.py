@@ -149,10 +149,15 @@ def neighborhood_attention(
     )
     if scale is None:
         scale = query.shape[-1] ** -0.5
+    elif not isinstance(scale, (int, float)) or not abs(scale) < float("inf"):
+        raise ValueError(f"scale must be a finite number or None, got {scale!r}")
     attend = _backend(backend, query, value)
     with without_autocast(query.device):
         output, lse = attend(query, key, value, axes, float(scale), rpb, additional_keys, additional_values, return_lse)
-    return (output, lse) if return_lse else output
+    if not return_lse:
+        return output
+    assert lse is not None
+    return output, lse
 
 
 def merge_attentions(outputs: Sequence[Tensor], lses: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
@@ -173,10 +178,13 @@ def merge_attentions(outputs: Sequence[Tensor], lses: Sequence[Tensor]) -> tuple
             f"outputs and lses must be as many, at least one; got {len(outputs)} outputs and {len(lses)} log-sum-exps"
         )
     for output, lse in zip(outputs, lses, strict=True):
-        if output.shape != outputs[0].shape or output.dtype != outputs[0].dtype:
+        if output.shape != outputs[0].shape or output.dtype != outputs[0].dtype or output.device != outputs[0].device:
             raise ValueError(
-                f"outputs must share one shape and dtype, got {_describe(output)} beside {_describe(outputs[0])}"
+                f"outputs must share one shape, dtype and device, "
+                f"got {_describe(output)} beside {_describe(outputs[0])}"
             )
+        if lse.device != output.device:
+            raise ValueError(f"lses must be on the outputs' device {output.device}, got {_describe(lse)}")
         if lse.shape != output.shape[:-1]:
             raise ValueError(
                 f"lses must have shape {list(output.shape[:-1])} (outputs without head_dim), got {list(lse.shape)}"
@@ -290,6 +298,10 @@ def _check_arguments(
             )
     heads, head_dim = query.shape[-2:]
     heads_kv, head_dim_v = value.shape[-2:]
+    if heads < 1 or head_dim < 1:
+        raise ValueError(f"query must have at least one head and head_dim at least 1, got shape {list(query.shape)}")
+    if head_dim_v < 1:
+        raise ValueError(f"value must have head_dim at least 1, got shape {list(value.shape)}")
     if key.shape[-1] != head_dim:
         raise ValueError(f"key must have the query's head_dim {head_dim}, got {key.shape[-1]}")
     if key.shape[-2] != heads_kv:
