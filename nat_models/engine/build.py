@@ -1,0 +1,108 @@
+"""From a composed config to the data module, the trainer and the module; errors of the user surface here."""
+
+import logging
+import warnings
+from typing import Any
+
+import lightning
+import timm
+from hydra.utils import instantiate
+from omegaconf import DictConfig, OmegaConf
+from timm.data import resolve_data_config
+
+from nat_models.data import ImageDataModule
+from nat_models.engine.classification import ClassificationModule, check_model_name
+
+IMAGE_SETTINGS = ("img_size", "in_chans", "mean", "std", "interpolation", "crop_pct")
+
+
+def build_datamodule(cfg: DictConfig) -> ImageDataModule:
+    """The data module of `cfg.data`, with its datasets opened.
+
+    Image settings that the config leaves `null` are filled in, in `cfg` too, with what timm says the model expects.
+    """
+    check_model_name(cfg.model.model_name)
+    pretrained_cfg = None if ":" in cfg.model.model_name else timm.get_pretrained_cfg(cfg.model.model_name)
+    expected = resolve_data_config({"in_chans": cfg.data.in_chans}, pretrained_cfg.to_dict() if pretrained_cfg else {})
+    expected |= {"in_chans": expected["input_size"][0], "img_size": list(expected["input_size"][1:])}
+    for key in IMAGE_SETTINGS:
+        if cfg.data[key] is None:
+            cfg.data[key] = expected[key]
+    datamodule = instantiate(cfg.data, _convert_="all")
+    datamodule.setup("fit")
+    return datamodule
+
+
+def build_evaluation_datamodule(cfg: DictConfig, hparams: dict[str, Any]) -> ImageDataModule:
+    """The data module of a run's `cfg.data` with its validation split opened.
+
+    Args:
+        cfg: resolved config of the run.
+        hparams: hyper-parameters of the checkpoint to evaluate; its classes decide the labels.
+    """
+    datamodule = instantiate(cfg.data, _convert_="all")
+    datamodule.classes = hparams["class_names"] or []
+    datamodule.setup("validate")
+    for name in ("num_classes", "in_chans"):
+        if getattr(datamodule, name) != hparams[name]:
+            raise ValueError(f"the checkpoint has {name}={hparams[name]}, but the data {getattr(datamodule, name)}")
+    return datamodule
+
+
+def build_trainer(cfg: DictConfig) -> lightning.Trainer:
+    """The trainer of `cfg.trainer` with the callbacks and loggers of the config; a `null` entry drops one of them."""
+    quiet_lightning()
+    callbacks = instantiate(cfg.callbacks, _convert_="all")
+    loggers = instantiate(cfg.logger, _convert_="all")
+    return lightning.Trainer(
+        **plain(cfg.trainer),
+        callbacks=[callback for callback in callbacks.values() if callback is not None],
+        logger=[logger for logger in loggers.values() if logger is not None],
+    )
+
+
+def build_module(
+    cfg: DictConfig, datamodule: ImageDataModule, trainer: lightning.Trainer
+) -> ClassificationModule:
+    """The module of `cfg.model` and `cfg.optim`, for the classes of the data and the effective batch of the trainer."""
+    if datamodule.batch_size % 2 and cfg.model.mixup is not None:
+        raise ValueError(f"data.batch_size must be even with model.mixup, got {datamodule.batch_size}")
+    optim = plain(cfg.optim)
+    before, after = (optim["schedule"].get(key, 0) for key in ("warmup_epochs", "cooldown_epochs"))
+    if trainer.max_epochs is None or trainer.max_epochs <= before + after:
+        raise ValueError(
+            f"trainer.max_epochs={trainer.max_epochs} must exceed the sum of optim.schedule.warmup_epochs={before} and "
+            f"optim.schedule.cooldown_epochs={after}"
+        )
+    return ClassificationModule(
+        **plain(cfg.model),
+        num_classes=len(datamodule.classes),
+        class_names=datamodule.classes,
+        in_chans=datamodule.in_chans,
+        optimizer=optim["optimizer"] | {"lr": learning_rate(cfg, effective_batch(datamodule, trainer))},
+        schedule=optim["schedule"],
+    )
+
+
+def effective_batch(datamodule: ImageDataModule, trainer: lightning.Trainer) -> int:
+    """Images per optimiser step: batch per device x devices x accumulation."""
+    return datamodule.batch_size * trainer.world_size * trainer.accumulate_grad_batches
+
+
+def learning_rate(cfg: DictConfig, batch: int) -> float:
+    """`optim.base_lr`, scaled linearly from `optim.base_batch` images per step to `batch`; `null` means not scaled."""
+    return cfg.optim.base_lr * (batch / cfg.optim.base_batch if cfg.optim.base_batch else 1.0)
+
+
+def plain(cfg: Any) -> dict[str, Any]:
+    """A config node as a resolved dict of plain values."""
+    return OmegaConf.to_container(cfg, resolve=True)  # type: ignore[return-value]
+
+
+def quiet_lightning() -> None:
+    """Drops Lightning's hints; `train.py` prints what they say, or the config decides it."""
+    logging.getLogger("lightning.pytorch").setLevel(logging.WARNING)
+    warnings.filterwarnings("ignore", message=".*treespec, LeafSpec.* is deprecated")
+    warnings.filterwarnings("ignore", message="The dirpath has changed from")
+    warnings.filterwarnings("ignore", message=".*does not have many workers.*")
+    warnings.filterwarnings("ignore", message=".*is smaller than the logging interval.*")

@@ -1,0 +1,81 @@
+"""Callbacks of training and evaluation that Lightning does not bring."""
+
+from dataclasses import dataclass
+from typing import Any
+
+import lightning
+from lightning.pytorch.callbacks import Callback
+from torch import Tensor
+from torchmetrics.classification import MulticlassConfusionMatrix, MulticlassStatScores
+
+from nat_models.data import ImageDataModule
+
+MAX_MISTAKES = 25
+MAX_CONFUSION_CLASSES = 1000
+
+
+class UndecodableCount(Callback):
+    """Logs the number of training images that could not be decoded so far, as `data/undecodable`, after each epoch."""
+
+    def on_train_epoch_end(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule) -> None:
+        datamodule: ImageDataModule = trainer.datamodule  # type: ignore[attr-defined]
+        pl_module.log("data/undecodable", float(len(datamodule.undecodable_paths())), rank_zero_only=True)
+
+
+@dataclass
+class Mistake:
+    """A misclassified input: normalised `image [C, *spatial]`, two labels, and the probability of the wrong one."""
+
+    image: Tensor
+    label: int
+    predicted: int
+    probability: float
+
+
+class PredictionRecorder(Callback):
+    """Keeps what the metrics of a validation pass do not show.
+
+    Attributes:
+        label_counts: `[num_classes, 2]` int64: images of each class, and how many of them were classified correctly.
+        confusion: `[num_classes, num_classes]` int64, true class by predicted class; None above 1,000 classes.
+        mistakes: the most confident mistakes of this process, at most 25, most confident first.
+    """
+
+    def __init__(self) -> None:
+        self.label_counts: Tensor
+        self.confusion: Tensor | None = None
+        self.mistakes: list[Mistake] = []
+
+    def on_validation_start(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule) -> None:
+        num_classes = pl_module.hparams["num_classes"]
+        self._stat_scores = MulticlassStatScores(num_classes, average=None).to(pl_module.device)
+        self._confusion = None
+        if num_classes <= MAX_CONFUSION_CLASSES:
+            self._confusion = MulticlassConfusionMatrix(num_classes).to(pl_module.device)
+
+    def on_validation_batch_end(
+        self,
+        trainer: lightning.Trainer,
+        pl_module: lightning.LightningModule,
+        outputs: Any,
+        batch: Any,
+        batch_idx: int,
+        dataloader_idx: int = 0,
+    ) -> None:
+        images, labels = batch
+        self._stat_scores.update(outputs, labels)
+        if self._confusion is not None:
+            self._confusion.update(outputs, labels)
+        probability, predicted = outputs.float().softmax(dim=1).max(dim=1)
+        for i in (predicted != labels).nonzero().flatten().tolist():
+            mistake = Mistake(images[i].float().cpu(), int(labels[i]), int(predicted[i]), float(probability[i]))
+            self.mistakes.append(mistake)
+        self.mistakes = sorted(self.mistakes, key=lambda mistake: -mistake.probability)[:MAX_MISTAKES]
+
+    def on_validation_end(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule) -> None:
+        correct, _, _, _, support = self._stat_scores.compute().unbind(dim=1)
+        self.label_counts = support.new_empty(len(support), 2)
+        self.label_counts[:, 0], self.label_counts[:, 1] = support, correct
+        self.label_counts = self.label_counts.cpu()
+        if self._confusion is not None:
+            self.confusion = self._confusion.compute().cpu()

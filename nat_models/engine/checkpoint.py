@@ -1,0 +1,83 @@
+"""Finding and checking checkpoints before they are used."""
+
+from pathlib import Path
+from typing import Any
+from zipfile import is_zipfile
+
+import lightning
+import torch
+from lightning.pytorch.callbacks import ModelCheckpoint
+
+from nat_models.engine.classification import ClassificationModule
+from nat_models.engine.errors import message_of
+
+ARCHITECTURE = ("model_name", "model_kwargs", "num_classes", "in_chans")
+
+
+def read_checkpoint(path: str | Path) -> dict[str, Any]:
+    """A checkpoint of `ClassificationModule`, its tensors mapped from the file; nothing in it is executed.
+
+    Raises:
+        FileNotFoundError: no such file.
+        ValueError: the file cannot be read, or something else wrote it.
+    """
+    if not Path(path).is_file():
+        raise FileNotFoundError(f"there is no checkpoint {str(path)!r}")
+    if not is_zipfile(path):
+        raise ValueError(f"{str(path)!r} is not a checkpoint of train.py, or it is damaged")
+    try:
+        checkpoint = torch.load(path, map_location="cpu", mmap=True, weights_only=True)
+    except Exception as error:  # torch.load has no error type of its own
+        raise ValueError(f"{str(path)!r} cannot be read as a checkpoint: {message_of(error)}") from error
+    keys = {"pytorch-lightning_version", "state_dict", "hyper_parameters"}
+    if not isinstance(checkpoint, dict) or not keys <= checkpoint.keys():
+        raise ValueError(f"{str(path)!r} was not written by train.py: it lacks {', '.join(sorted(keys))}")
+    if "model_name" not in checkpoint["hyper_parameters"]:
+        raise ValueError(f"{str(path)!r} is a Lightning checkpoint, but not one of ClassificationModule")
+    return checkpoint
+
+
+def check_resumable(path: str | Path, module: ClassificationModule, trainer: lightning.Trainer) -> None:
+    """Raises ValueError unless training can go on from this checkpoint with this model and number of epochs."""
+    checkpoint = read_checkpoint(path)
+    saved = checkpoint["hyper_parameters"]
+    for key in ARCHITECTURE:
+        if saved.get(key) != module.hparams[key]:
+            raise ValueError(
+                f"ckpt_path={str(path)!r} holds a model with {key}={saved.get(key)!r}, but this run's is "
+                f"{module.hparams[key]!r}; give the experiment and the settings of the run that wrote it"
+            )
+    if "optimizer_states" not in checkpoint:
+        raise ValueError(f"ckpt_path={str(path)!r} holds no optimiser state, so training cannot go on from it")
+    epochs_done = checkpoint["loops"]["fit_loop"]["epoch_progress"]["current"]["processed"]
+    if trainer.max_epochs is not None and trainer.max_epochs >= 0 and epochs_done >= trainer.max_epochs:
+        raise ValueError(
+            f"ckpt_path={str(path)!r} was trained for {epochs_done} epochs already; "
+            f"trainer.max_epochs={trainer.max_epochs} must be larger"
+        )
+
+
+def best_checkpoint(trainer: lightning.Trainer) -> Path:
+    """The best checkpoint that `fit` wrote, or the last where none was measured."""
+    callbacks = [callback for callback in trainer.checkpoint_callbacks if isinstance(callback, ModelCheckpoint)]
+    paths = [callback.best_model_path for callback in sorted(callbacks, key=lambda callback: callback.monitor is None)]
+    return next(Path(path) for path in paths if path)
+
+
+def find_checkpoint(run: str | None, ckpt_path: str | None) -> tuple[Path, Path]:
+    """`(run folder, checkpoint)` for what the user gave: a run folder (its best checkpoint), a checkpoint, or both.
+
+    Raises:
+        ValueError: neither is given, or one of them is not of `train.py`.
+        FileNotFoundError: one of them does not exist.
+    """
+    if run is None and ckpt_path is None:
+        raise ValueError("give run=FOLDER (a run folder of train.py) or ckpt_path=FILE")
+    run_dir = Path(run) if run is not None else Path(str(ckpt_path)).resolve().parent.parent
+    if not run_dir.is_dir():
+        raise FileNotFoundError(f"run={run!r} is not a folder")
+    checkpoint = Path(ckpt_path) if ckpt_path is not None else run_dir / "checkpoints" / "best.ckpt"
+    read_checkpoint(checkpoint)
+    if not (run_dir / "config.yaml").is_file():
+        raise ValueError(f"{str(run_dir)!r} is not a run folder of train.py: it holds no config.yaml; give run=FOLDER")
+    return run_dir, checkpoint

@@ -1,0 +1,165 @@
+"""The Lightning module for classification: any timm model, timm's optimisers, schedules, mixup and cutmix."""
+
+import difflib
+from typing import Any
+
+import lightning
+import timm
+import torch
+from timm.data import Mixup
+from timm.optim import create_optimizer_v2
+from timm.scheduler import create_scheduler_v2
+from torch import Tensor
+from torch.nn import functional as F
+from torchmetrics import MeanMetric, Metric, MetricCollection
+from torchmetrics.classification import MulticlassAccuracy
+
+import nat_models  # noqa: F401  registers the models with timm
+from nat_models.engine.errors import NonFiniteLossError
+
+
+class ClassificationModule(lightning.LightningModule):
+    """Trains and evaluates a timm classifier.
+
+    All arguments are plain values, so that `load_from_checkpoint(path, weights_only=True)` needs neither Hydra nor the
+    data. With `EMAWeightAveraging` on, validation uses the averaged weights and a checkpoint's `state_dict` holds them;
+    the weights that the optimiser steps are in `current_model_state`.
+
+    Args:
+        model_name: name in timm's registry (`nat_mini`, ...), or `hf-hub:...`, `local-dir:...`.
+        num_classes: outputs of the classifier.
+        class_names: their names in label order, kept for evaluation and prediction.
+        in_chans: channels of the input.
+        model_kwargs: further arguments of `timm.create_model` (`drop_path_rate`, `depths`, ...).
+        pretrained: start from timm's published weights. Not kept in checkpoints, which bring their own weights.
+        optimizer: arguments of `timm.optim.create_optimizer_v2` (`opt`, `lr`, `weight_decay`, `layer_decay`, ...). One-
+            dimensional parameters, biases and the model's `no_weight_decay()` are not decayed.
+        schedule: arguments of `timm.scheduler.create_scheduler_v2` (`sched`, `warmup_epochs`, `cooldown_epochs`,
+            `warmup_lr`, `min_lr`, ...); steps once an optimiser step and ends with `trainer.max_epochs`.
+        mixup: arguments of `timm.data.Mixup` (`mixup_alpha`, `cutmix_alpha`, `prob`, `switch_prob`, `mode`) or None.
+        label_smoothing: weight of the uniform distribution in the training target.
+        compile: run the model through `torch.compile`.
+
+    Raises:
+        ValueError: unknown model name (with the nearest ones) or arguments that the model does not take.
+    """
+
+    def __init__(
+        self,
+        model_name: str,
+        num_classes: int,
+        class_names: list[str] | None = None,
+        in_chans: int = 3,
+        model_kwargs: dict[str, Any] | None = None,
+        pretrained: bool = False,
+        optimizer: dict[str, Any] | None = None,
+        schedule: dict[str, Any] | None = None,
+        mixup: dict[str, Any] | None = None,
+        label_smoothing: float = 0.0,
+        compile: bool = False,
+    ) -> None:
+        super().__init__()
+        self.save_hyperparameters(ignore=["pretrained"])
+        check_model_name(model_name)
+        try:
+            self.model = timm.create_model(
+                model_name, pretrained=pretrained, num_classes=num_classes, in_chans=in_chans, **(model_kwargs or {})
+            )
+        except TypeError as error:
+            raise ValueError(f"model.model_kwargs={model_kwargs} does not fit {model_name}: {error}") from error
+        self.mixup = Mixup(num_classes=num_classes, label_smoothing=label_smoothing, **mixup) if mixup else None
+        self.label_smoothing = label_smoothing
+        self.train_loss, self.val_loss, self.test_loss = MeanMetric(), MeanMetric(), MeanMetric()
+        self.train_top1 = MulticlassAccuracy(num_classes, average="micro")
+        metrics: dict[str, Metric | MetricCollection] = {
+            "top1": MulticlassAccuracy(num_classes, average="micro"),
+            "mean_class_accuracy": MulticlassAccuracy(num_classes, average="macro"),
+        }
+        if num_classes > 5:
+            metrics["top5"] = MulticlassAccuracy(num_classes, average="micro", top_k=5)
+        self.val_metrics = MetricCollection(metrics, prefix="val/")
+        self.test_metrics = self.val_metrics.clone(prefix="test/")
+
+    def setup(self, stage: str) -> None:
+        if self.hparams["compile"]:
+            self.model.compile()
+
+    def forward(self, images: Tensor) -> Tensor:
+        """Images `[B, C, *spatial]` -> logits `[B, num_classes]`."""
+        return self.model(images)
+
+    def on_train_epoch_start(self) -> None:
+        dataset: Any = getattr(self.trainer.train_dataloader, "dataset", None)
+        if hasattr(dataset, "set_epoch"):  # streamed datasets shuffle by epoch
+            dataset.set_epoch(self.current_epoch)
+
+    def training_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> Tensor:
+        images, labels = batch
+        if self.mixup is None:
+            logits = self(images)
+            loss = F.cross_entropy(logits, labels, label_smoothing=self.label_smoothing)
+        else:
+            images, soft_labels = self.mixup(images, labels)
+            logits = self(images)
+            loss = F.cross_entropy(logits, soft_labels)
+            labels = soft_labels.argmax(dim=1)  # the accuracy counts the class with the larger share
+        if not torch.isfinite(loss):
+            raise NonFiniteLossError(f"the loss is {loss.item()} in epoch {self.current_epoch}, batch {batch_idx}")
+        self.train_loss(loss.detach(), weight=len(images))
+        self.train_top1(logits, labels)
+        self.log("train/loss", self.train_loss, on_step=True, on_epoch=True, batch_size=len(images))
+        self.log("train/top1", self.train_top1, on_step=True, on_epoch=True, batch_size=len(images))
+        self.log("train/lr", max(group["lr"] for group in self.trainer.optimizers[0].param_groups))
+        return loss
+
+    def validation_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> Tensor:
+        return self._evaluation_step(batch, self.val_loss, self.val_metrics, "val/loss")
+
+    def test_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> Tensor:
+        return self._evaluation_step(batch, self.test_loss, self.test_metrics, "test/loss")
+
+    def _evaluation_step(
+        self, batch: tuple[Tensor, Tensor], mean_loss: MeanMetric, metrics: MetricCollection, loss_name: str
+    ) -> Tensor:
+        images, labels = batch
+        logits = self(images)
+        mean_loss(F.cross_entropy(logits, labels), weight=len(images))
+        metrics(logits, labels)
+        self.log(loss_name, mean_loss, batch_size=len(images))
+        self.log_dict(metrics, batch_size=len(images))
+        return logits
+
+    def configure_optimizers(self) -> Any:
+        optimizer = create_optimizer_v2(self.model, **(self.hparams["optimizer"] or {"opt": "adamw"}))
+        schedule = dict(self.hparams["schedule"] or {"sched": "constant"})
+        scheduler, _ = create_scheduler_v2(
+            optimizer,
+            num_epochs=(self.trainer.max_epochs or 0) - schedule.get("cooldown_epochs", 0),
+            step_on_epochs=False,
+            updates_per_epoch=self._steps_per_epoch(),
+            **schedule,
+        )
+        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
+
+    def lr_scheduler_step(self, scheduler: Any, metric: Any) -> None:
+        scheduler.step_update(self.global_step)
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        # The learning rate is a function of the step and this run's settings alone, so a longer run can be resumed.
+        checkpoint["lr_schedulers"] = []
+
+    def _steps_per_epoch(self) -> int:
+        self.trainer.estimated_stepping_batches  # noqa: B018  loads the training data, which sets num_training_batches
+        batches = self.trainer.num_training_batches
+        if batches == float("inf"):
+            raise ValueError("the training data does not tell its length, which the schedule needs")
+        return -(-int(batches) // self.trainer.accumulate_grad_batches)
+
+
+def check_model_name(model_name: str) -> None:
+    """Raises ValueError with the nearest names if timm does not know `model_name`."""
+    if ":" in model_name or timm.is_model(model_name):
+        return
+    nearest = difflib.get_close_matches(model_name, timm.list_models(), n=3, cutoff=0.5)
+    hint = f"; the nearest names are {', '.join(nearest)}" if nearest else ""
+    raise ValueError(f"model.model_name={model_name!r} is not a registered model{hint}")

@@ -1,0 +1,57 @@
+"""One clear line for what a user can correct; tracebacks stay for bugs."""
+
+import os
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+
+from hydra.errors import InstantiationException
+from lightning.fabric.utilities.exceptions import MisconfigurationException
+from omegaconf.errors import OmegaConfBaseException
+
+from nat_models.data import UndecodableImageError
+
+
+class NonFiniteLossError(RuntimeError):
+    """The training loss became NaN or infinite."""
+
+
+SETUP_ERRORS: tuple[type[Exception], ...] = (
+    ValueError,
+    FileNotFoundError,
+    NotADirectoryError,
+    MisconfigurationException,
+    InstantiationException,
+    OmegaConfBaseException,
+)
+RUN_ERRORS: tuple[type[Exception], ...] = (UndecodableImageError, NonFiniteLossError)
+
+
+@contextmanager
+def exit_on(error_types: tuple[type[Exception], ...], run_dir: Path | None = None) -> Iterator[None]:
+    """Turns errors of these types into `error: ...` on stderr and exit status 2, and removes `run_dir` if it is empty.
+
+    `HYDRA_FULL_ERROR=1` in the environment keeps the traceback, as it does for Hydra's own errors.
+    """
+    try:
+        yield
+    except error_types as error:
+        if os.environ.get("HYDRA_FULL_ERROR", "0") != "0":
+            raise
+        if run_dir is not None:
+            with suppress(OSError):
+                run_dir.rmdir()
+        print(f"error: {message_of(error)}", file=sys.stderr, flush=True)
+        raise SystemExit(2) from None
+
+
+def message_of(error: BaseException) -> str:
+    """The one line that matters of an error's message."""
+    if isinstance(error, InstantiationException) and error.__cause__ is not None:
+        return message_of(error.__cause__)
+    lines = [line for line in str(error).splitlines() if line.strip()] or [type(error).__name__]
+    if isinstance(error, UndecodableImageError):
+        # An error from a loader's worker process carries that process's traceback; its last line is the message.
+        return lines[-1].removeprefix(f"{type(error).__module__}.{type(error).__qualname__}: ")
+    return lines[0]

@@ -1,0 +1,99 @@
+"""Evaluating a checkpoint: what `train.py` does at its end and `eval.py` later, by the same function."""
+
+import csv
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import lightning
+
+from nat_models.data import ImageDataModule
+from nat_models.engine.callbacks import PredictionRecorder
+from nat_models.engine.checkpoint import read_checkpoint
+from nat_models.engine.classification import ClassificationModule
+from nat_models.engine.plots import plot_confusion, plot_mistakes
+from nat_models.engine.progress import TrainingProgress
+
+EVALUATION_TRAINER_KEYS = ("accelerator", "devices", "num_nodes", "strategy", "precision")
+
+
+@dataclass
+class Evaluation:
+    """Result of `evaluate`.
+
+    Attributes:
+        epoch: epochs that the evaluated weights were trained for.
+        metrics: `val/loss`, `val/top1`, `val/top5` (above 5 classes), `val/mean_class_accuracy`; accuracies in 0..1.
+        class_names: in label order.
+        predictions: counts, confusion matrix and mistakes.
+    """
+
+    epoch: int
+    metrics: dict[str, float]
+    class_names: list[str]
+    predictions: PredictionRecorder
+
+
+def evaluate(
+    checkpoint: str | Path, datamodule: ImageDataModule, trainer_config: dict[str, Any]
+) -> Evaluation:
+    """Validates the weights of a checkpoint (the averaged ones where training averaged them).
+
+    Args:
+        checkpoint: file written by `train.py`.
+        datamodule: gives the validation batches.
+        trainer_config: arguments of `lightning.Trainer`; those that concern training are left out.
+
+    Raises:
+        UndecodableImageError: a validation image cannot be decoded.
+        ValueError: fewer images were read than the dataset has.
+    """
+    module = ClassificationModule.load_from_checkpoint(checkpoint, map_location="cpu", weights_only=True)
+    epoch = read_checkpoint(checkpoint)["epoch"] + 1
+    predictions = PredictionRecorder()
+    trainer = lightning.Trainer(
+        **{key: trainer_config[key] for key in EVALUATION_TRAINER_KEYS if key in trainer_config},
+        callbacks=[predictions, TrainingProgress()],
+        logger=False,
+        enable_checkpointing=False,
+        enable_model_summary=False,
+    )
+    metrics = trainer.validate(module, datamodule, verbose=False)[0]
+    evaluated, expected = int(predictions.label_counts[:, 0].sum()), len(datamodule.val_dataset)
+    if evaluated != expected:
+        raise ValueError(f"{evaluated} of the {expected} validation images were evaluated")
+    names = module.hparams["class_names"] or [str(label) for label in range(module.hparams["num_classes"])]
+    return Evaluation(epoch, dict(metrics), names, predictions)
+
+
+def save_evaluation(
+    evaluation: Evaluation, folder: Path, datamodule: ImageDataModule, record: dict[str, Any]
+) -> None:
+    """Writes `results.json`, `per_class.csv`, `confusion_matrix.png` and `misclassified.png`.
+
+    Args:
+        evaluation: of `evaluate`.
+        folder: created if missing.
+        datamodule: tells the normalisation of the images.
+        record: further entries for `results.json`.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    counts = evaluation.predictions.label_counts
+    summary = record | {"epoch": evaluation.epoch, "images": int(counts[:, 0].sum()), "metrics": evaluation.metrics}
+    (folder / "results.json").write_text(json.dumps(summary, indent=2) + "\n")
+    with open(folder / "per_class.csv", "w", newline="", encoding="utf-8") as file:
+        writer = csv.writer(file)
+        writer.writerow(["label", "class", "images", "correct", "accuracy"])
+        for label, (images, correct) in enumerate(counts.tolist()):
+            accuracy = f"{correct / images:.6f}" if images else ""
+            writer.writerow([label, evaluation.class_names[label], images, correct, accuracy])
+    if evaluation.predictions.confusion is not None:
+        plot_confusion(evaluation.predictions.confusion, evaluation.class_names, folder / "confusion_matrix.png")
+    plot_mistakes(
+        evaluation.predictions.mistakes,
+        evaluation.class_names,
+        datamodule.mean,
+        datamodule.std,
+        folder / "misclassified.png",
+    )

@@ -1,0 +1,100 @@
+"""The pictures of a run, as PNG files."""
+
+import csv
+import textwrap
+from collections import defaultdict
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+from matplotlib.colors import PowerNorm
+from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator
+from torch import Tensor
+
+from nat_models.engine.callbacks import Mistake
+
+TRAIN_COLOR, VAL_COLOR = "tab:blue", "tab:orange"
+DPI = 150
+
+
+def read_epochs(metrics_csv: Path) -> dict[str, list[tuple[int, float]]]:
+    """Metric name -> `(epoch, value)` of each value that Lightning's CSV logger recorded; epochs count from 1."""
+    series: dict[str, list[tuple[int, float]]] = defaultdict(list)
+    with open(metrics_csv, newline="", encoding="utf-8") as file:
+        for row in csv.DictReader(file):
+            for name, value in row.items():
+                if value and name not in ("epoch", "step"):
+                    series[name].append((int(float(row["epoch"])) + 1, float(value)))
+    return series
+
+
+def plot_curves(metrics_csv: Path, path: Path) -> None:
+    """Loss and top-1 accuracy of training and validation over the epochs."""
+    series = read_epochs(metrics_csv)
+    figure = Figure(figsize=(10, 4), layout="constrained")
+    loss_axes, accuracy_axes = figure.subplots(1, 2)
+    for axes, metric, scale in ((loss_axes, "loss", 1), (accuracy_axes, "top1", 100)):
+        for name, label, color in (
+            (f"train/{metric}_epoch", "training (augmented)", TRAIN_COLOR),
+            (f"val/{metric}", "validation", VAL_COLOR),
+        ):
+            epochs = [epoch for epoch, _ in series[name]]
+            values = [value * scale for _, value in series[name]]
+            axes.plot(epochs, values, label=label, color=color, marker="o" if len(epochs) < 3 else None)
+        axes.set_xlabel("epoch")
+        axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+        axes.grid(alpha=0.3)
+        axes.legend()
+    loss_axes.set_title("Loss")
+    loss_axes.set_ylabel("cross-entropy")
+    accuracy_axes.set_title("Top-1 accuracy")
+    accuracy_axes.set_ylabel("top-1 (%)")
+    if series["val/top1"]:
+        epoch, best = max(series["val/top1"], key=lambda point: (point[1], -point[0]))
+        accuracy_axes.plot(epoch, 100 * best, "o", color=VAL_COLOR)
+        accuracy_axes.set_title(f"Top-1 accuracy: best validation {100 * best:.2f} % (epoch {epoch})")
+    figure.savefig(path, dpi=DPI)
+
+
+def plot_confusion(confusion: Tensor, class_names: Sequence[str], path: Path) -> None:
+    """Confusion matrix `[num_classes, num_classes]`, true class by predicted class; counts where they are legible."""
+    num_classes = len(confusion)
+    correct, total = int(confusion.diagonal().sum()), int(confusion.sum())
+    shares = confusion / confusion.sum(dim=1, keepdim=True).clamp(min=1)
+    side = min(4 + 0.35 * num_classes, 14)
+    figure = Figure(figsize=(side + 1, side), layout="constrained")
+    axes = figure.subplots()
+    # Single mistakes among many images stay visible because the colour follows the square root of the share.
+    image = axes.imshow(shares, cmap="Blues", norm=PowerNorm(0.5, vmin=0, vmax=1))
+    figure.colorbar(image, ax=axes, label="share of the true class", fraction=0.046, pad=0.03)
+    axes.set_title(f"Confusion matrix: {total - correct} of {total} wrong, top-1 {100 * correct / max(total, 1):.2f} %")
+    axes.set_xlabel("predicted class")
+    axes.set_ylabel("true class")
+    if num_classes <= 40:
+        rotation = 0 if max(map(len, class_names)) <= 3 else 90
+        axes.set_xticks(range(num_classes), [textwrap.shorten(name, 20) for name in class_names], rotation=rotation)
+        axes.set_yticks(range(num_classes), [textwrap.shorten(name, 20) for name in class_names])
+        for row, column in confusion.nonzero().tolist():
+            color = "white" if shares[row, column] > 0.3 else "black"
+            axes.text(column, row, str(int(confusion[row, column])), ha="center", va="center", color=color, fontsize=8)
+    figure.savefig(path, dpi=DPI)
+
+
+def plot_mistakes(
+    mistakes: Sequence[Mistake], class_names: Sequence[str], mean: Sequence[float], std: Sequence[float], path: Path
+) -> None:
+    """Grid of misclassified images with true and predicted class; `mean` and `std` undo the normalisation."""
+    columns = min(max(len(mistakes), 2), 5)
+    rows = max(-(-len(mistakes) // columns), 1)
+    figure = Figure(figsize=(2.4 * columns, 2.8 * rows + 0.5), layout="constrained")
+    for axes in figure.subplots(rows, columns, squeeze=False).flat:
+        axes.axis("off")
+    for axes, mistake in zip(figure.axes, mistakes, strict=False):
+        shape = (-1, *[1] * (mistake.image.ndim - 1))
+        pixels = mistake.image * torch.tensor(std).view(shape) + torch.tensor(mean).view(shape)
+        axes.imshow(pixels.clamp(0, 1).movedim(0, -1), cmap="gray", vmin=0, vmax=1)
+        true, predicted = (textwrap.shorten(class_names[i], 24) for i in (mistake.label, mistake.predicted))
+        axes.set_title(f"true: {true}\npredicted: {predicted} ({100 * mistake.probability:.0f} %)", fontsize=9)
+    figure.suptitle(f"The {len(mistakes)} most confident mistakes" if mistakes else "No mistakes")
+    figure.savefig(path, dpi=DPI)

@@ -1,0 +1,69 @@
+"""Progress of training: loss, accuracy, images per second and time left."""
+
+import time
+from datetime import timedelta
+from typing import Any
+
+import lightning
+from lightning.pytorch.callbacks import RichProgressBar
+from lightning.pytorch.callbacks.progress.rich_progress import BatchesProcessedColumn, CustomBarColumn
+from rich import get_console
+from rich.progress import TextColumn
+
+
+class TrainingProgress(RichProgressBar):
+    """Lightning's rich progress bar with what one wants to know; one line an epoch where output is not a terminal."""
+
+    def __init__(self) -> None:
+        self.is_terminal = get_console().is_terminal
+        super().__init__(refresh_rate=10 if self.is_terminal else 0)
+        self._fit_start = self._epoch_start = 0.0
+        self._first_step = self._epoch_images = 0
+
+    def on_train_start(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule) -> None:
+        self._fit_start = time.monotonic()
+        self._first_step = trainer.global_step
+        super().on_train_start(trainer, pl_module)
+
+    def on_train_epoch_start(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule) -> None:
+        self._epoch_start, self._epoch_images = time.monotonic(), 0
+        super().on_train_epoch_start(trainer, pl_module)
+
+    def on_train_batch_end(
+        self, trainer: lightning.Trainer, pl_module: lightning.LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        self._epoch_images += len(batch[0]) * trainer.world_size
+        super().on_train_batch_end(trainer, pl_module, outputs, batch, batch_idx)
+
+    def on_train_epoch_end(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule) -> None:
+        super().on_train_epoch_end(trainer, pl_module)
+        if not self.is_terminal and trainer.is_global_zero:
+            metrics = self.get_metrics(trainer, pl_module)
+            texts = [f"{name} {_text(value)}" for name, value in metrics.items()]
+            print("  ".join([f"epoch {trainer.current_epoch + 1}/{trainer.max_epochs}", *texts]), flush=True)
+
+    def get_metrics(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule) -> dict[str, Any]:
+        logged = trainer.callback_metrics
+        names = {"loss": "train/loss", "top-1": "train/top1", "val": "val/top1"}
+        metrics: dict[str, Any] = {short: logged[name].item() for short, name in names.items() if name in logged}
+        images_per_second = self._epoch_images / (time.monotonic() - self._epoch_start)
+        return metrics | {"images/s": f"{images_per_second:.0f}", "ETA": self._time_left(trainer)}
+
+    def _get_train_description(self, current_epoch: int) -> str:
+        return f"Epoch {current_epoch + 1}/{self.trainer.max_epochs}"
+
+    def configure_columns(self, trainer: lightning.Trainer) -> list:
+        bar = CustomBarColumn(bar_width=10, complete_style="cyan", finished_style="cyan", pulse_style="cyan")
+        return [TextColumn("{task.description}"), bar, BatchesProcessedColumn(style="")]
+
+    def _time_left(self, trainer: lightning.Trainer) -> str:
+        steps_done = trainer.global_step - self._first_step
+        if steps_done == 0:
+            return "-:--:--"
+        steps_left = trainer.estimated_stepping_batches - trainer.global_step
+        seconds = (time.monotonic() - self._fit_start) / steps_done * steps_left
+        return str(timedelta(seconds=round(seconds)))
+
+
+def _text(value: Any) -> str:
+    return f"{value:.3f}" if isinstance(value, float) else str(value)

@@ -1,0 +1,67 @@
+"""The tables that `train.py` and `eval.py` print."""
+
+from pathlib import Path
+
+import lightning
+from omegaconf import DictConfig
+from rich import box
+from rich.console import Console
+from rich.table import Table
+
+from nat_models.data import ImageDataModule
+from nat_models.engine.build import effective_batch, learning_rate
+from nat_models.engine.classification import ClassificationModule
+
+METRIC_TITLES = {
+    "val/top1": "Top-1 accuracy",
+    "val/top5": "Top-5 accuracy",
+    "val/mean_class_accuracy": "Mean class accuracy",
+}
+
+
+def print_setup(
+    cfg: DictConfig,
+    datamodule: ImageDataModule,
+    trainer: lightning.Trainer,
+    module: ClassificationModule,
+    run_dir: Path,
+) -> None:
+    """What will be trained, on what, and with which effective batch and learning rate."""
+    batch = effective_batch(datamodule, trainer)
+    lr = f"{learning_rate(cfg, batch):.3g}"
+    if cfg.optim.base_batch:
+        lr += f" = {cfg.optim.base_lr:.3g} x {batch} / {cfg.optim.base_batch} (linear scaling)"
+    parameters = sum(parameter.numel() for parameter in module.model.parameters())
+    height, width = datamodule.img_size
+    rows = {
+        "Model": f"{cfg.model.model_name}, {parameters / 1e6:.2f} M parameters",
+        "Data": f"{cfg.data.name}: {len(datamodule.train_dataset)} training, {len(datamodule.val_dataset)} validation"
+        f" images, {datamodule.num_classes} classes",
+        "Image": f"{height} x {width}, {datamodule.in_chans} channels",
+        "Device": f"{trainer.world_size} x {trainer.strategy.root_device.type}, precision {trainer.precision}",
+        "Effective batch": f"{batch} = {datamodule.batch_size} per device x {trainer.world_size} devices"
+        f" x {trainer.accumulate_grad_batches} accumulated",
+        "Learning rate": lr,
+        "Epochs": f"{trainer.max_epochs}" + (f", at most {trainer.max_steps} steps" if trainer.max_steps > 0 else ""),
+        "Run folder": str(run_dir),
+    }
+    if cfg.ckpt_path:
+        rows["Resumed from"] = str(cfg.ckpt_path)
+    print_table("Training", rows)
+
+
+def metric_rows(metrics: dict[str, float]) -> dict[str, str]:
+    """Titles and texts of the metrics of `evaluate`."""
+    rows = {title: f"{100 * metrics[name]:.2f} %" for name, title in METRIC_TITLES.items() if name in metrics}
+    return rows | {"Loss": f"{metrics['val/loss']:.4f}"}
+
+
+def print_table(title: str, rows: dict[str, str]) -> None:
+    """A two-column table on stdout."""
+    table = Table(title=title, title_justify="left", show_header=False, box=box.SIMPLE_HEAD)
+    table.add_column(style="bold", no_wrap=True)
+    table.add_column(overflow="fold")
+    for name, text in rows.items():
+        table.add_row(name, text)
+    console = Console(width=None if Console().is_terminal else 120)
+    console.print(table)

@@ -1,0 +1,79 @@
+"""The run folder: its name, and the record of how the run came to be."""
+
+import json
+import os
+import platform
+import subprocess
+import sys
+from datetime import datetime
+from functools import cache
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+import torch
+from omegaconf import DictConfig, OmegaConf
+from torch.distributed import TCPStore
+
+PACKAGES = ("nat-models", "torch", "torchvision", "triton", "timm", "lightning", "torchmetrics", "hydra-core", "numpy")
+
+
+@cache
+def launch_time() -> str:
+    """When this run was started, `2026-01-31_23-59-59-123`, the same in all its processes.
+
+    Processes started by torchrun agree through the store that torchrun keeps for them; those started by Lightning get
+    the run folder of the first process on their command line.
+    """
+    time = datetime.now().strftime("%Y-%m-%d_%H-%M-%S-%f")[:-3]
+    if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True":
+        return time
+    store = TCPStore(os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"]), is_master=False)
+    return store.compare_set("nat_models/launch_time", "", time).decode()
+
+
+# Hydra resolves the run folder's name before it calls `train.py`'s function, so importing this module must suffice.
+OmegaConf.register_new_resolver("launch_time", launch_time, replace=True)
+
+
+def record_run(config: DictConfig, run_dir: Path, world_size: int, device: torch.device) -> None:
+    """Writes `config.yaml` (resolved) and `manifest.json` (versions, commit, command line, ...) into the run folder."""
+    run_dir.mkdir(parents=True, exist_ok=True)
+    OmegaConf.save(config, run_dir / "config.yaml", resolve=True)
+    (run_dir / "manifest.json").write_text(json.dumps(manifest(config.seed, world_size, device), indent=2) + "\n")
+
+
+def manifest(seed: int, world_size: int, device: torch.device) -> dict[str, Any]:
+    """What is needed to repeat a run, beside its config."""
+    return {
+        "command": [Path(sys.executable).name, *sys.argv],
+        "started": datetime.now().astimezone().isoformat(timespec="seconds"),
+        "seed": seed,
+        "git": _git_state(),
+        "packages": {name: _version(name) for name in PACKAGES},
+        "python": platform.python_version(),
+        "platform": platform.platform(),
+        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else device.type,
+        "cpu_threads": torch.get_num_threads(),
+        "world_size": world_size,
+    }
+
+
+def _version(package: str) -> str | None:
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return None
+
+
+def _git_state() -> dict[str, Any] | None:
+    """Commit of the working copy that holds this file, and whether it was changed since; None outside git."""
+
+    def git(*arguments: str) -> str:
+        command = ["git", "-C", str(Path(__file__).parent), *arguments]
+        return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
+
+    try:
+        return {"commit": git("rev-parse", "HEAD"), "changed": bool(git("status", "--porcelain"))}
+    except (OSError, subprocess.CalledProcessError):
+        return None

@@ -1,0 +1,57 @@
+"""Trains a classifier: `python train.py [experiment=NAME] [KEY=VALUE ...]`; without arguments a NAT on digits.
+
+The run folder, printed at the start and the end, holds checkpoints, the resolved config, versions, metrics and plots.
+"""
+
+import time
+from datetime import timedelta
+from pathlib import Path
+
+import hydra
+import lightning
+from omegaconf import DictConfig
+
+from nat_models.engine.build import build_datamodule, build_module, build_trainer, plain
+from nat_models.engine.checkpoint import best_checkpoint, check_resumable
+from nat_models.engine.errors import RUN_ERRORS, SETUP_ERRORS, exit_on
+from nat_models.engine.evaluation import evaluate, save_evaluation
+from nat_models.engine.plots import plot_curves
+from nat_models.engine.report import metric_rows, print_setup, print_table
+from nat_models.engine.run_folder import record_run
+
+
+@hydra.main(version_base="1.3", config_path="configs", config_name="train")
+def main(cfg: DictConfig) -> float:
+    """Trains, evaluates the best checkpoint, writes the report; returns its validation top-1 in 0..1."""
+    run_dir = Path(cfg.run_dir)
+    with exit_on(SETUP_ERRORS, run_dir):
+        lightning.seed_everything(cfg.seed, workers=True, verbose=False)
+        datamodule = build_datamodule(cfg)
+        trainer = build_trainer(cfg)
+        module = build_module(cfg, datamodule, trainer)
+        if cfg.ckpt_path is not None:
+            check_resumable(cfg.ckpt_path, module, trainer)
+    if trainer.is_global_zero:
+        record_run(cfg, run_dir, trainer.world_size, trainer.strategy.root_device)
+        print_setup(cfg, datamodule, trainer, module, run_dir)
+
+    start = time.monotonic()
+    with exit_on(RUN_ERRORS):
+        trainer.fit(module, datamodule, ckpt_path=cfg.ckpt_path, weights_only=True)
+        seconds = time.monotonic() - start
+        checkpoint = best_checkpoint(trainer)
+        evaluation = evaluate(checkpoint, datamodule, plain(cfg.trainer))
+
+    if trainer.is_global_zero:
+        record = {"checkpoint": str(checkpoint.relative_to(run_dir.resolve())), "training_seconds": round(seconds, 1)}
+        save_evaluation(evaluation, run_dir, datamodule, record)
+        plot_curves(run_dir / "csv" / "metrics.csv", run_dir / "curves.png")
+        rows = metric_rows(evaluation.metrics) | {"Training time": str(timedelta(seconds=round(seconds)))}
+        if undecodable := datamodule.undecodable_paths():
+            rows["Undecodable images"] = f"{len(undecodable)}, listed in {datamodule.undecodable_list}"
+        print_table("Best checkpoint on the validation split", rows | {"Run folder": str(run_dir)})
+    return evaluation.metrics["val/top1"]
+
+
+if __name__ == "__main__":
+    main()
