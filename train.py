@@ -49,7 +49,8 @@ def main(cfg: DictConfig) -> float:
         rows = metric_rows(evaluation.metrics) | {"Training time": str(timedelta(seconds=round(seconds)))}
         if undecodable := datamodule.undecodable_paths():
             rows["Undecodable images"] = f"{len(undecodable)}, listed in {datamodule.undecodable_list}"
-        print_table("Best checkpoint on the validation split", rows | {"Run folder": str(run_dir)})
+        title = f"{checkpoint.stem.capitalize()} checkpoint (epoch {evaluation.epoch}) on the validation split"
+        print_table(title, rows | {"Run folder": str(run_dir)})
     return evaluation.metrics["val/top1"]
 
 

@@ -61,9 +61,7 @@ def build_trainer(cfg: DictConfig) -> lightning.Trainer:
     )
 
 
-def build_module(
-    cfg: DictConfig, datamodule: ImageDataModule, trainer: lightning.Trainer
-) -> ClassificationModule:
+def build_module(cfg: DictConfig, datamodule: ImageDataModule, trainer: lightning.Trainer) -> ClassificationModule:
     """The module of `cfg.model` and `cfg.optim`, for the classes of the data and the effective batch of the trainer."""
     if datamodule.batch_size % 2 and cfg.model.mixup is not None:
         raise ValueError(f"data.batch_size must be even with model.mixup, got {datamodule.batch_size}")

@@ -35,9 +35,7 @@ class Evaluation:
     predictions: PredictionRecorder
 
 
-def evaluate(
-    checkpoint: str | Path, datamodule: ImageDataModule, trainer_config: dict[str, Any]
-) -> Evaluation:
+def evaluate(checkpoint: str | Path, datamodule: ImageDataModule, trainer_config: dict[str, Any]) -> Evaluation:
     """Validates the weights of a checkpoint (the averaged ones where training averaged them).
 
     Args:
@@ -67,9 +65,7 @@ def evaluate(
     return Evaluation(epoch, dict(metrics), names, predictions)
 
 
-def save_evaluation(
-    evaluation: Evaluation, folder: Path, datamodule: ImageDataModule, record: dict[str, Any]
-) -> None:
+def save_evaluation(evaluation: Evaluation, folder: Path, datamodule: ImageDataModule, record: dict[str, Any]) -> None:
     """Writes `results.json`, `per_class.csv`, `confusion_matrix.png` and `misclassified.png`.
 
     Args:

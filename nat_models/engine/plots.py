@@ -66,7 +66,7 @@ def plot_confusion(confusion: Tensor, class_names: Sequence[str], path: Path) ->
     figure = Figure(figsize=(side + 1, side), layout="constrained")
     axes = figure.subplots()
     # Single mistakes among many images stay visible because the colour follows the square root of the share.
-    image = axes.imshow(shares, cmap="Blues", norm=PowerNorm(0.5, vmin=0, vmax=1))
+    image = axes.imshow(shares.numpy(), cmap="Blues", norm=PowerNorm(0.5, vmin=0, vmax=1))
     figure.colorbar(image, ax=axes, label="share of the true class", fraction=0.046, pad=0.03)
     axes.set_title(f"Confusion matrix: {total - correct} of {total} wrong, top-1 {100 * correct / max(total, 1):.2f} %")
     axes.set_xlabel("predicted class")
@@ -93,7 +93,7 @@ def plot_mistakes(
     for axes, mistake in zip(figure.axes, mistakes, strict=False):
         shape = (-1, *[1] * (mistake.image.ndim - 1))
         pixels = mistake.image * torch.tensor(std).view(shape) + torch.tensor(mean).view(shape)
-        axes.imshow(pixels.clamp(0, 1).movedim(0, -1), cmap="gray", vmin=0, vmax=1)
+        axes.imshow(pixels.clamp(0, 1).movedim(0, -1).numpy(), cmap="gray", vmin=0, vmax=1)
         true, predicted = (textwrap.shorten(class_names[i], 24) for i in (mistake.label, mistake.predicted))
         axes.set_title(f"true: {true}\npredicted: {predicted} ({100 * mistake.probability:.0f} %)", fontsize=9)
     figure.suptitle(f"The {len(mistakes)} most confident mistakes" if mistakes else "No mistakes")

@@ -1,0 +1,112 @@
+"""Every config composes and holds only keys that something reads; every experiment trains."""
+
+import inspect
+import json
+
+import lightning
+import pytest
+import torch
+from hydra.utils import get_object
+from omegaconf import OmegaConf
+from timm.data import Mixup, create_transform
+from timm.scheduler import create_scheduler_v2
+from training_runs import REPOSITORY, compose_train, train, write_image_folder
+
+from nat_models.engine.build import build_datamodule, build_module, build_trainer, effective_batch, learning_rate
+from nat_models.engine.classification import ClassificationModule
+
+EXPERIMENTS = REPOSITORY / "configs" / "experiment"
+IMAGENET = sorted(path.stem for path in (EXPERIMENTS / "imagenet").glob("*.yaml") if path.stem != "recipe")
+ALL = ["digits", *(f"imagenet/{name}" for name in IMAGENET)]
+DEBUG = sorted(path.stem for path in (REPOSITORY / "configs" / "debug").glob("*.yaml"))
+TINY = ["model.pretrained=false", "+model.model_kwargs.depths=[1,1,1,1]", "+model.model_kwargs.embed_dim=16"]
+TINY += ["+model.model_kwargs.num_heads=[1,2,4,8]"]
+TWO_STEPS = ["trainer.max_steps=2", "trainer.accelerator=cpu", "data.batch_size=4", "data.num_workers=0"]
+
+
+def keys_read_by(function) -> set[str]:
+    return set(inspect.signature(function).parameters)
+
+
+@pytest.mark.parametrize("experiment", ALL)
+@pytest.mark.parametrize("debug", [None, *DEBUG])
+def test_every_key_is_read(tmp_path, experiment, debug):
+    overrides = [f"experiment={experiment}", "data.root=/data"] + ([f"debug={debug}"] if debug else [])
+    cfg = compose_train(tmp_path, *overrides)
+    plain = OmegaConf.to_container(cfg, resolve=True)
+    assert plain["data"].keys() - {"_target_"} <= keys_read_by(get_object(plain["data"]["_target_"]))
+    assert (plain["data"]["augmentation"] or {}).keys() <= keys_read_by(create_transform)
+    assert plain["model"].keys() <= keys_read_by(ClassificationModule)
+    assert (plain["model"]["mixup"] or {}).keys() <= keys_read_by(Mixup)
+    assert plain["optim"].keys() == {"base_lr", "base_batch", "optimizer", "schedule"}
+    assert plain["optim"]["schedule"].keys() <= keys_read_by(create_scheduler_v2)
+    assert plain["trainer"].keys() <= keys_read_by(lightning.Trainer)
+    for group in ("callbacks", "logger"):
+        for entry in plain[group].values():
+            assert entry.keys() - {"_target_"} <= keys_read_by(get_object(entry["_target_"]))
+
+
+@pytest.mark.parametrize("group, choice", [("callbacks", "ema"), ("data", "fake"), ("data", "timm")])
+def test_other_choices_compose(tmp_path, group, choice):
+    cfg = compose_train(tmp_path, f"{group}={choice}")
+    assert all(callable(get_object(entry["_target_"])) for entry in cfg.callbacks.values())
+
+
+@pytest.mark.parametrize("name", IMAGENET)
+def test_imagenet_recipe_states_its_source_and_builds(tmp_path, name):
+    header = (EXPERIMENTS / "imagenet" / f"{name}.yaml").read_text().split("defaults:")[0]
+    for field in ("Paper:", "Command:", "Hardware:", "Time:", "Expected top-1:"):
+        assert f"\n# {field}" in header
+    assert f"experiment=imagenet/{name} " in header
+    root = write_image_folder(tmp_path / "images")
+    overrides = ["data.batch_size=4", "trainer.accelerator=cpu", "trainer.devices=1", "model.pretrained=false"]
+    cfg = compose_train(tmp_path, f"experiment=imagenet/{name}", f"data.root={root}", *overrides)
+    with torch.device("meta"):
+        module = build_module(cfg, build_datamodule(cfg), build_trainer(cfg))
+    assert module.model.num_classes == 3
+    gpus_times_batch = 8 * (64 if name == "dinat_large" else 128)
+    assert learning_rate(cfg, gpus_times_batch) == (5e-5 if name == "dinat_large" else 1e-3)
+
+
+@pytest.mark.parametrize("name", IMAGENET)
+def test_imagenet_recipe_trains_two_steps(tmp_path, name):
+    root = write_image_folder(tmp_path / "images")
+    run_dir = tmp_path / "run"
+    small = [*TINY, *TWO_STEPS, "data.img_size=64"]
+    train(compose_train(run_dir, f"experiment=imagenet/{name}", f"data.root={root}", *small))
+    results = json.loads((run_dir / "results.json").read_text())
+    assert results["images"] == 6 and results["metrics"]["val/loss"] > 0
+    assert torch.load(run_dir / "checkpoints" / "last.ckpt", weights_only=True)["global_step"] == 2
+
+
+def test_smoke_run_on_fake_data(tmp_path):
+    overrides = ["data=fake", "model.model_name=test_resnet", "trainer.accelerator=cpu", "debug=smoke"]
+    train(compose_train(tmp_path, "experiment=none", *overrides, "optim.base_batch=null", "callbacks=ema"))
+    cfg = OmegaConf.load(tmp_path / "config.yaml")
+    assert (cfg.data.img_size, cfg.data.crop_pct) == ([160, 160], 0.95)  # what timm says of test_resnet
+
+
+def test_effective_batch_and_learning_rate(tmp_path):
+    settings = ["data.batch_size=16", "optim.base_lr=1e-3", "optim.base_batch=64", "model.model_name=test_resnet"]
+    cfg = compose_train(tmp_path, *settings, "trainer.accumulate_grad_batches=3", "trainer.devices=1")
+    data = build_datamodule(cfg)
+    trainer = build_trainer(cfg)
+    assert effective_batch(data, trainer) == 48
+    module = build_module(cfg, data, trainer)
+    assert module.hparams["optimizer"]["lr"] == pytest.approx(1e-3 * 48 / 64)
+    cfg.optim.base_batch = None
+    assert learning_rate(cfg, 48) == 1e-3
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("trainer.max_epochs=0", "trainer.max_epochs=0 must exceed"),
+        ("model.model_name=nat_miny", "nat_miny.*nearest names are nat_mini"),
+        ("data.batch_size=15", "data.batch_size must be even"),
+    ],
+)
+def test_settings_that_cannot_work_together(tmp_path, override, message):
+    cfg = compose_train(tmp_path, "model.mixup={mixup_alpha: 0.2}", override)
+    with pytest.raises(ValueError, match=message):
+        build_module(cfg, build_datamodule(cfg), build_trainer(cfg))
