@@ -118,6 +118,8 @@ def attend(
     return_lse: bool,
 ) -> tuple[Tensor, Tensor | None]:
     """Neighborhood attention over already checked arguments; see `fused_na.neighborhood_attention` for their meaning."""
+    if scale <= 0:  # the kernels scale after taking the maximum
+        query, scale = query * scale, 1.0
     _, kernel_size, stride, dilation, is_causal = map(list, zip(*axes, strict=True))
     return forward(
         query, key, value, rpb, additional_keys, additional_values, kernel_size, stride, dilation, is_causal, scale

@@ -8,6 +8,7 @@ from fused_na.triton.neighborhood import (
     bias_center,
     bias_position,
     clamped,
+    covers,
     dilated,
     load_rows,
     locate,
@@ -22,12 +23,14 @@ from fused_na.triton.neighborhood import (
 
 
 @triton.jit
-def softmax_step(scores, values, highest, total, accumulator, PRECISION: tl.constexpr):
-    """One step of the online softmax in base 2. Rows that have seen no key yet have `highest == -inf`."""
-    new_highest = tl.maximum(highest, tl.max(scores, 1))
-    reference = tl.where(new_highest == float("-inf"), 0.0, new_highest)
-    probabilities = tl.exp2(scores - reference[:, None])
-    rescale = tl.exp2(highest - reference)
+def softmax_step(scores, factor, values, highest, total, accumulator, PRECISION: tl.constexpr):
+    """One step of the online softmax in base 2, on scores yet to be multiplied by `factor > 0`, -inf where masked.
+
+    `highest` starts finite, so that a row that has seen no key yet yields no NaN.
+    """
+    new_highest = tl.maximum(highest, tl.max(scores, 1) * factor)
+    probabilities = tl.exp2(scores * factor - new_highest[:, None])
+    rescale = tl.exp2(highest - new_highest)
     total = total * rescale + tl.sum(probabilities, 1)
     accumulator = accumulator * rescale[:, None]
     accumulator = tl.dot(probabilities.to(values.dtype), values, accumulator, input_precision=PRECISION)
@@ -67,6 +70,7 @@ def forward_kernel(
     BLOCK_D: tl.constexpr,
     BLOCK_DV: tl.constexpr,
     WIDE: tl.constexpr,
+    TMA: tl.constexpr,
     PRECISION: tl.constexpr,
     STAGES: tl.constexpr,
 ):
@@ -91,14 +95,15 @@ def forward_kernel(
     q = load_rows(query_base, query_rows, is_query, HEAD_DIM, BLOCK_D)
 
     start, end = windows(member, members, KERNEL, STRIDE, CAUSAL)
-    first, _ = windows(begin, members, KERNEL, STRIDE, CAUSAL)
+    first, first_end = windows(begin, members, KERNEL, STRIDE, CAUSAL)
     last = clamped(begin, (QUERY_TILE[0] - 1, QUERY_TILE[1] - 1, QUERY_TILE[2] - 1), members)
-    _, stop = windows(last, members, KERNEL, STRIDE, CAUSAL)
+    last_start, stop = windows(last, members, KERNEL, STRIDE, CAUSAL)
     grid = tile_grid(first, stop, KEY_TILE)
 
     key_inner = unravel(tl.arange(0, KEYS), KEY_TILE)
-    key_base = key + batch * key_strides[0] + head_kv * key_strides[4]
-    value_base = value + batch * value_strides[0] + head_kv * value_strides[4]
+    if not TMA:
+        key_base = key + batch * key_strides[0] + head_kv * key_strides[4]
+        value_base = value + batch * value_strides[0] + head_kv * value_strides[4]
     no_group = (group[0] * 0, group[1] * 0, group[2] * 0)
     key_rows = offset(dilated(no_group, key_inner, dilations), key_strides[1:4], WIDE)
     value_rows = offset(dilated(no_group, key_inner, dilations), value_strides[1:4], WIDE)
@@ -107,22 +112,34 @@ def forward_kernel(
         query_position = bias_position(member, KERNEL)
         key_position = bias_position(key_inner, KERNEL)
 
-    highest = tl.full([QUERIES], float("-inf"), tl.float32)
+    factor = scale * LOG2_E
+    highest = tl.full([QUERIES], -1e30, tl.float32)
     total = tl.zeros([QUERIES], tl.float32)
     accumulator = tl.zeros([QUERIES, BLOCK_DV], tl.float32)
     for step in tl.range(0, grid[0] * grid[1] * grid[2], num_stages=STAGES):
         key_begin = tile_begin(step, first, grid, KEY_TILE)
         key_token = dilated(group, key_begin, dilations)
         is_key = below(key_begin, key_inner, stop)
-        k = load_rows(key_base + offset(key_token, key_strides[1:4], WIDE), key_rows, is_key, HEAD_DIM, BLOCK_D)
-        scores = tl.dot(q, k.T, input_precision=PRECISION) * (scale * LOG2_E)
-        attends = within(start, end, key_begin, key_inner, QUERY_TILE, KEY_TILE)
+        if TMA:
+            place = [batch.to(tl.int32), key_begin[0], key_begin[1], key_begin[2], head_kv * HEAD_DIM]
+            k = key.load(place).reshape(KEYS, BLOCK_D)
+        else:
+            k = load_rows(key_base + offset(key_token, key_strides[1:4], WIDE), key_rows, is_key, HEAD_DIM, BLOCK_D)
+        scores = tl.dot(q, k.T, input_precision=PRECISION)
         if rpb is not None:
+            attends = within(start, end, key_begin, key_inner, QUERY_TILE, KEY_TILE)
             position = (bias_position(key_begin, KERNEL) + key_position)[None, :] - query_position[:, None]
-            scores += tl.load(rpb_base + position, mask=attends, other=0.0).to(tl.float32) * LOG2_E
-        scores = tl.where(attends, scores, float("-inf"))
-        v = load_rows(value_base + offset(key_token, value_strides[1:4], WIDE), value_rows, is_key, HEAD_DIM_V, BLOCK_DV)
-        highest, total, accumulator = softmax_step(scores, v, highest, total, accumulator, PRECISION)
+            scores += tl.load(rpb_base + position, mask=attends, other=float("-inf"))
+        elif not covers(key_begin, KEY_TILE, first_end, last_start):
+            attends = within(start, end, key_begin, key_inner, QUERY_TILE, KEY_TILE)
+            scores = tl.where(attends, scores, float("-inf"))
+        if TMA:
+            place = [batch.to(tl.int32), key_begin[0], key_begin[1], key_begin[2], head_kv * HEAD_DIM_V]
+            v = value.load(place).reshape(KEYS, BLOCK_DV)
+        else:
+            v_base = value_base + offset(key_token, value_strides[1:4], WIDE)
+            v = load_rows(v_base, value_rows, is_key, HEAD_DIM_V, BLOCK_DV)
+        highest, total, accumulator = softmax_step(scores, factor, v, highest, total, accumulator, PRECISION)
 
     if additional_keys is not None:
         extra_keys = additional_keys + batch * additional_keys_strides[0] + head_kv * additional_keys_strides[2]
@@ -131,9 +148,9 @@ def forward_kernel(
             extra = extra_begin + tl.arange(0, KEYS)
             k = load_rows(extra_keys, extra * additional_keys_strides[1], extra < additional, HEAD_DIM, BLOCK_D)
             v = load_rows(extra_values, extra * additional_values_strides[1], extra < additional, HEAD_DIM_V, BLOCK_DV)
-            scores = tl.dot(q, k.T, input_precision=PRECISION) * (scale * LOG2_E)
+            scores = tl.dot(q, k.T, input_precision=PRECISION)
             scores = tl.where((extra < additional)[None, :], scores, float("-inf"))
-            highest, total, accumulator = softmax_step(scores, v, highest, total, accumulator, PRECISION)
+            highest, total, accumulator = softmax_step(scores, factor, v, highest, total, accumulator, PRECISION)
 
     # Output and log-sum-exp are contiguous, `[B, *spatial, heads, head_dim_v]` and `[B, *spatial, heads]`.
     tokens = length_t.to(tl.int64) * length_h * length_w

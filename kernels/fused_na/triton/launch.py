@@ -5,9 +5,11 @@ from math import ceil, prod
 import torch
 import triton
 from torch import Tensor
+from triton.tools.tensor_descriptor import TensorDescriptor
 
 from fused_na.triton.backward import additional_kernel, bias_fold_kernel, bias_kernel, key_value_kernel, query_kernel
 from fused_na.triton.forward import forward_kernel
+from fused_na.triton.forward_small import forward_small_kernel
 from fused_na.triton.tiles import Tiles, as_three_axes, choose_tiles
 from fused_na.window import Axis
 
@@ -15,9 +17,10 @@ PARTIAL_BYTES = 64 << 20  # memory that the partial sums of the bias gradient ma
 
 
 def _spatial_strides(x: Tensor) -> tuple[int, ...]:
-    """Strides of batch, t, h, w and heads."""
-    strides = x.stride()
-    return (strides[0], *(0,) * (6 - x.dim()), *strides[1:-1])
+    """Strides of batch, t, h, w and heads, with the axes placed as by `as_three_axes`."""
+    batch, *spatial, heads, _ = x.stride()
+    t, h, w = {1: [0, 0, *spatial], 2: [spatial[0], 0, spatial[-1]], 3: spatial}[len(spatial)]
+    return batch, t, h, w, heads
 
 
 def _rows_contiguous(x: Tensor | None) -> Tensor | None:
@@ -93,31 +96,62 @@ def forward(
         return output, lse
     launch = _Launch(axes, query, key, value)
     tiles = launch.tiles("forward")
-    forward_kernel[(launch.count(tiles.query) * launch.heads * launch.batch,)](
-        query=query,
-        key=key,
-        value=value,
-        rpb=None if rpb is None else rpb.contiguous(),
-        **_additional(additional_keys, additional_values),
-        output=output,
-        lse=lse,
-        scale=scale,
+    tensors = {
+        "query": query,
+        "key": key,
+        "value": value,
+        # The kernels add the bias to scores that are not yet scaled.
+        "rpb": None if rpb is None else rpb.float() / scale,
+        "output": output,
+        "lse": lse,
+        "scale": scale,
+        "dilations": launch.dilations,
+        "heads": launch.heads,
+        "query_strides": _spatial_strides(query),
+        "key_strides": _spatial_strides(key),
+        "value_strides": _spatial_strides(value),
         **launch.lengths,
-        dilations=launch.dilations,
-        heads=launch.heads,
-        additional=0 if additional_keys is None else additional_keys.shape[1],
-        query_strides=_spatial_strides(query),
-        key_strides=_spatial_strides(key),
-        value_strides=_spatial_strides(value),
         **launch.rule,
         **launch.common,
-        QUERY_TILE=tiles.query,
-        KEY_TILE=tiles.key,
-        STAGES=tiles.num_stages,
-        num_warps=tiles.num_warps,
-        num_stages=tiles.num_stages,
+        "QUERY_TILE": tiles.query,
+        "KEY_TILE": tiles.key,
+        "STAGES": tiles.num_stages,
+        "num_warps": tiles.num_warps,
+        "num_stages": tiles.num_stages,
+    }
+    grid = (launch.count(tiles.query) * launch.heads * launch.batch,)
+    if tiles.rows and additional_keys is None:
+        forward_small_kernel[grid](**tensors, ROWS=tiles.rows)
+        return output, lse
+    descriptors = _descriptors(launch, tiles, key, value)
+    forward_kernel[grid](
+        **(tensors | descriptors),
+        **_additional(additional_keys, additional_values),
+        additional=0 if additional_keys is None else additional_keys.shape[1],
+        TMA=bool(descriptors),
     )
     return output, lse
+
+
+def _has_bulk_copies(device: torch.device) -> bool:
+    return device.type == "cuda" and torch.cuda.get_device_capability(device)[0] >= 9
+
+
+def _descriptors(launch: "_Launch", tiles: Tiles, key: Tensor, value: Tensor) -> dict[str, TensorDescriptor]:
+    """Key and value for the bulk copy engine, where the machine and the tensors' layouts allow it; else nothing."""
+    if not _has_bulk_copies(key.device) or launch.groups > 1:
+        return {}
+    described = {}
+    for name, x, block in (("key", key, launch.common["BLOCK_D"]), ("value", value, launch.common["BLOCK_DV"])):
+        batch, t, h, w, heads = _spatial_strides(x)
+        width = x.shape[-1]
+        strides = [batch, t or w, h or w, w]
+        aligned = x.data_ptr() % 16 == 0 and all(stride * x.element_size() % 16 == 0 for stride in strides)
+        if width != block or heads != width or not aligned or prod(tiles.key) > 256 or min(strides) <= 0:
+            return {}
+        shape = [x.shape[0], *launch.lengths.values(), x.shape[-2] * width]
+        described[name] = TensorDescriptor(x, shape, [*strides, 1], [1, *tiles.key, width])
+    return described
 
 
 def backward(

@@ -1,7 +1,6 @@
 """What the kernels share: where a tile lies, which keys its queries see, and where tokens are in memory.
 
-Every problem is treated as three-dimensional, `(t, h, w)`; missing leading axes have length 1. `fused_na.window` defines the
-rule; `window` and `inverse_window` here are the same functions on Triton tensors, and a test holds them equal. Counts are in
+Every problem is treated as three-dimensional, `(t, h, w)`; missing axes have length 1. `fused_na.window` defines the rule; `window` and `inverse_window` here are the same functions on Triton tensors, and a test holds them equal. Counts are in
 members of a dilation group, so that inside a kernel nothing is dilated but the strides.
 """
 
@@ -126,21 +125,42 @@ def below(begin, inner, end):
 
 
 @triton.jit
+def inside_axis(row_start, row_end, column):
+    """Whether each column lies in each row's interval on one axis: `[rows, columns]`."""
+    # start <= x < end in one unsigned comparison.
+    width = (row_end - row_start).to(tl.uint32, bitcast=True)
+    return (column[None, :] - row_start[:, None]).to(tl.uint32, bitcast=True) < width[:, None]
+
+
+@triton.jit
+def inside_plane(row_start, row_end, begin, inner, ROW_TILE: tl.constexpr, COLUMN_TILE: tl.constexpr):
+    """Whether each column (member `begin + inner`) lies in each row's interval on the h and w axes: `[rows, columns]`."""
+    inside = inside_axis(row_start[2], row_end[2], begin[2] + inner[2])
+    if ROW_TILE[1] * COLUMN_TILE[1] > 1:
+        inside &= inside_axis(row_start[1], row_end[1], begin[1] + inner[1])
+    return inside
+
+
+@triton.jit
 def within(row_start, row_end, begin, inner, ROW_TILE: tl.constexpr, COLUMN_TILE: tl.constexpr):
     """Whether each column (member `begin + inner`) lies in each row's interval on every axis: `[rows, columns]`."""
-    t = begin[0] + inner[0]
-    h = begin[1] + inner[1]
-    w = begin[2] + inner[2]
-    # start <= x < end in one unsigned comparison.
-    width_w = (row_end[2] - row_start[2]).to(tl.uint32, bitcast=True)
-    inside = (w[None, :] - row_start[2][:, None]).to(tl.uint32, bitcast=True) < width_w[:, None]
-    if ROW_TILE[1] * COLUMN_TILE[1] > 1:
-        width_h = (row_end[1] - row_start[1]).to(tl.uint32, bitcast=True)
-        inside &= (h[None, :] - row_start[1][:, None]).to(tl.uint32, bitcast=True) < width_h[:, None]
+    inside = inside_plane(row_start, row_end, begin, inner, ROW_TILE, COLUMN_TILE)
     if ROW_TILE[0] * COLUMN_TILE[0] > 1:
-        width_t = (row_end[0] - row_start[0]).to(tl.uint32, bitcast=True)
-        inside &= (t[None, :] - row_start[0][:, None]).to(tl.uint32, bitcast=True) < width_t[:, None]
+        inside &= inside_axis(row_start[0], row_end[0], begin[0] + inner[0])
     return inside
+
+
+@triton.jit
+def covers(begin, TILE: tl.constexpr, first_end, last_start):
+    """Whether every row attends to a whole tile of columns; bounds are the first row's end and the last row's start."""
+    return (
+        (begin[0] >= last_start[0])
+        & (begin[1] >= last_start[1])
+        & (begin[2] >= last_start[2])
+        & (begin[0] + TILE[0] <= first_end[0])
+        & (begin[1] + TILE[1] <= first_end[1])
+        & (begin[2] + TILE[2] <= first_end[2])
+    )
 
 
 @triton.jit

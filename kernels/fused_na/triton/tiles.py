@@ -17,12 +17,17 @@ class Tiles(NamedTuple):
     key: Extent
     num_warps: int
     num_stages: int
+    rows: int = 0  # key rows along t that the kernel for small windows takes at once; 0 is the general kernel
 
 
 def as_three_axes(axes: tuple[Axis, ...]) -> tuple[Axis, Axis, Axis]:
-    """The problem with leading axes of length 1, as the kernels see it."""
-    t, h, w = (Axis(1, 1),) * (3 - len(axes)) + axes
-    return t, h, w
+    """The problem as the kernels see it: `(t, h, w)`, where a map is `(t, w)` and a sequence `(w,)`."""
+    one = Axis(1, 1)
+    if len(axes) == 1:
+        return one, one, axes[0]
+    if len(axes) == 2:
+        return axes[0], one, axes[1]
+    return axes[0], axes[1], axes[2]
 
 
 @lru_cache(maxsize=4096)
