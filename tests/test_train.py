@@ -94,7 +94,7 @@ def test_training_resumes(digits_run, tmp_path):
 @pytest.mark.parametrize(
     ("script", "arguments", "message"),
     [
-        ("train.py", ["model.model_name=nat_miny"], "nearest names are nat_mini"),
+        ("train.py", ["model.model_name=nat_minni"], "the nearest names are nat_mini"),
         ("train.py", ["ckpt_path=foreign.ckpt"], "foreign.ckpt"),
         ("eval.py", ["run=nowhere"], "run='nowhere' is not a folder"),
         ("eval.py", ["ckpt_path=foreign.ckpt"], "foreign.ckpt"),

@@ -1,6 +1,5 @@
 """The image data module: one class for ImageNet folders, timm's datasets, the digits and random images."""
 
-import logging
 from pathlib import Path
 from typing import Any
 
@@ -11,8 +10,6 @@ from timm.data import create_transform
 from torch.utils.data import DataLoader
 
 from nat_models.data.datasets import DecodedImages, class_names, create_source, is_streamed
-
-log = logging.getLogger(__name__)
 
 
 class ImageDataModule(lightning.LightningDataModule):
@@ -105,7 +102,7 @@ class ImageDataModule(lightning.LightningDataModule):
             self.train_dataset = self._decoded(train, is_training=True)
         if self.val_dataset is None:
             val = self._source(self.val_split, is_training=False)
-            self._set_classes(self.classes or class_names(val))
+            self._set_classes(class_names(val) or self.classes or None)
             self.val_dataset = self._decoded(val, is_training=False)
 
     def train_dataloader(self) -> DataLoader:

@@ -157,8 +157,14 @@ class ClassificationModule(lightning.LightningModule):
 
 
 def check_model_name(model_name: str) -> None:
-    """Raises ValueError with the nearest names if timm does not know `model_name`."""
-    if ":" in model_name or timm.is_model(model_name):
+    """Raises ValueError, with the nearest names, unless timm knows `model_name` and its pretrained tag, if any."""
+    if ":" in model_name:
+        return
+    if timm.is_model(model_name):
+        try:
+            timm.get_pretrained_cfg(model_name)
+        except RuntimeError as error:
+            raise ValueError(f"model.model_name={model_name!r}: {error}") from error
         return
     nearest = difflib.get_close_matches(model_name, timm.list_models(), n=3, cutoff=0.5)
     hint = f"; the nearest names are {', '.join(nearest)}" if nearest else ""

@@ -8,7 +8,7 @@ from typing import Any
 
 import lightning
 
-from nat_models.data import ImageDataModule
+from nat_models.data import ImageDataModule, UndecodableImageError
 from nat_models.engine.callbacks import PredictionRecorder
 from nat_models.engine.checkpoint import read_checkpoint
 from nat_models.engine.classification import ClassificationModule
@@ -44,8 +44,7 @@ def evaluate(checkpoint: str | Path, datamodule: ImageDataModule, trainer_config
         trainer_config: arguments of `lightning.Trainer`; those that concern training are left out.
 
     Raises:
-        UndecodableImageError: a validation image cannot be decoded.
-        ValueError: fewer images were read than the dataset has.
+        UndecodableImageError: a validation image cannot be decoded, or a streamed dataset left some out.
     """
     module = ClassificationModule.load_from_checkpoint(checkpoint, map_location="cpu", weights_only=True)
     epoch = read_checkpoint(checkpoint)["epoch"] + 1
@@ -60,7 +59,7 @@ def evaluate(checkpoint: str | Path, datamodule: ImageDataModule, trainer_config
     metrics = trainer.validate(module, datamodule, verbose=False)[0]
     evaluated, expected = int(predictions.label_counts[:, 0].sum()), len(datamodule.val_dataset)
     if evaluated != expected:
-        raise ValueError(f"{evaluated} of the {expected} validation images were evaluated")
+        raise UndecodableImageError(f"only {evaluated} of the {expected} validation images could be evaluated")
     names = module.hparams["class_names"] or [str(label) for label in range(module.hparams["num_classes"])]
     return Evaluation(epoch, dict(metrics), names, predictions)
 

@@ -5,7 +5,7 @@ from datetime import timedelta
 from typing import Any
 
 import lightning
-from lightning.pytorch.callbacks import RichProgressBar
+from lightning.pytorch.callbacks import ModelCheckpoint, RichProgressBar
 from lightning.pytorch.callbacks.progress.rich_progress import BatchesProcessedColumn, CustomBarColumn
 from rich import get_console
 from rich.progress import TextColumn
@@ -41,6 +41,17 @@ class TrainingProgress(RichProgressBar):
             metrics = self.get_metrics(trainer, pl_module)
             texts = [f"{name} {_text(value)}" for name, value in metrics.items()]
             print("  ".join([f"epoch {trainer.current_epoch + 1}/{trainer.max_epochs}", *texts]), flush=True)
+
+    def on_exception(
+        self, trainer: lightning.Trainer, pl_module: lightning.LightningModule, exception: BaseException
+    ) -> None:
+        super().on_exception(trainer, pl_module, exception)
+        if isinstance(exception, KeyboardInterrupt) and trainer.is_global_zero:
+            callbacks = [
+                c for c in trainer.checkpoint_callbacks if isinstance(c, ModelCheckpoint) and c.monitor is None
+            ]
+            saved = [callback.best_model_path for callback in callbacks]
+            print(f"interrupted; go on with ckpt_path={saved[0]}" if any(saved) else "interrupted", flush=True)
 
     def get_metrics(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule) -> dict[str, Any]:
         logged = trainer.callback_metrics

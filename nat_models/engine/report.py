@@ -58,7 +58,7 @@ def metric_rows(metrics: dict[str, float]) -> dict[str, str]:
 
 def print_table(title: str, rows: dict[str, str]) -> None:
     """A two-column table on stdout."""
-    table = Table(title=title, title_justify="left", show_header=False, box=box.SIMPLE_HEAD)
+    table = Table(title=title, title_justify="left", show_header=False, box=box.SIMPLE_HEAD, min_width=64)
     table.add_column(style="bold", no_wrap=True)
     table.add_column(overflow="fold")
     for name, text in rows.items():
