@@ -1,0 +1,192 @@
+"""Weights from wherever they come: other parameter names, other window sizes, other heads; clear errors for the rest.
+
+timm loads the file (`timm.create_model(name, pretrained=True, pretrained_cfg_overlay=dict(file=PATH))`, safely: tensors
+only, nothing in the file is executed) and calls `checkpoint_filter_fn`, which understands
+
+- the original code's weights, plain or under `model`, `state_dict`, `state_dict_ema`;
+- Hugging Face's `Nat*` and `Dinat*` weights;
+- this project's Lightning checkpoints, compiled models included, and exported weights.
+"""
+
+import pickle
+import re
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+from urllib.parse import urlparse
+
+import torch
+from safetensors import SafetensorError
+from timm.models import build_model_with_cfg, get_model_traits, resolve_pretrained_cfg
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+_WRAPPERS = ("state_dict_ema", "model_ema", "state_dict", "model")
+_PREFIXES = re.compile(r"^(?:(?:model|module|_orig_mod)\.)+")  # of Lightning modules, DDP and torch.compile
+_IGNORED = re.compile(
+    r"\.relative_position_index$"
+)  # a buffer of the original ViT-RPB that follows from the map's size
+_HUGGING_FACE = (
+    (r"^(?:di)?nat\.", ""),
+    (r"^embeddings\.patch_embeddings\.projection\.", "patch_embed.proj."),
+    (r"^embeddings\.norm\.", "patch_embed.norm."),
+    (r"^encoder\.levels\.(\d+)\.layers\.", r"levels.\1.blocks."),
+    (r"^encoder\.levels\.", "levels."),
+    (r"\.layernorm_before\.", ".norm1."),
+    (r"\.layernorm_after\.", ".norm2."),
+    (r"\.attention\.self\.rpb$", ".attn.rpb"),
+    (r"\.attention\.output\.dense\.", ".attn.proj."),
+    (r"\.intermediate\.dense\.", ".mlp.fc1."),
+    (r"(\.blocks\.\d+)\.output\.dense\.", r"\1.mlp.fc2."),
+    (r"^layernorm\.", "norm."),
+    (r"^classifier\.", "head."),
+)
+_UNREADABLE = (OSError, EOFError, RuntimeError, AttributeError, pickle.UnpicklingError, SafetensorError)
+
+
+def build_model(model_cls: Callable[..., nn.Module], variant: str, pretrained: bool, **kwargs: Any) -> nn.Module:
+    """timm's `build_model_with_cfg` with this module's filter, and with errors that name the checkpoint.
+
+    Raises:
+        FileNotFoundError: the checkpoint file does not exist.
+        ValueError: the checkpoint cannot be read or downloaded, or does not fit the model. A download that cannot be
+            read is removed from the cache.
+    """
+    if not pretrained:
+        return build_model_with_cfg(model_cls, variant, pretrained, **kwargs)
+    cfg = resolve_pretrained_cfg(variant, kwargs.get("pretrained_cfg"), kwargs.get("pretrained_cfg_overlay"))
+    source = _source(cfg.to_dict())
+    if cfg.file and not Path(cfg.file).exists():
+        raise FileNotFoundError(f"there is no checkpoint {source}")
+    try:
+        return build_model_with_cfg(model_cls, variant, pretrained, pretrained_filter_fn=checkpoint_filter_fn, **kwargs)
+    except _UNREADABLE as error:
+        if source == cfg.url:
+            folder = Path(kwargs.get("cache_dir") or Path(torch.hub.get_dir()) / "checkpoints")
+            (folder / Path(urlparse(source).path).name).unlink(missing_ok=True)
+        raise ValueError(f"cannot load weights from {source}: {error or type(error).__name__}") from error
+
+
+def checkpoint_filter_fn(state_dict: dict[str, Any], model: nn.Module) -> dict[str, Tensor]:
+    """The weights of `state_dict` under the names and in the shapes of `model`; the filter that timm calls.
+
+    What the checkpoint is for, its number of classes and of input channels, is entered into `model.pretrained_cfg`, so
+    that timm re-initialises the head or adapts the first convolution exactly where the model's differ.
+
+    Raises:
+        ValueError: the weights do not fit; the message names the keys.
+    """
+    return adapt_state_dict(state_dict, model)[0]
+
+
+@dataclass
+class LoadReport:
+    """What became of the weights, by parameter name of the model (`ignored`: of the checkpoint)."""
+
+    matched: list[str] = field(default_factory=list)
+    resized: list[str] = field(default_factory=list)
+    reinitialised: list[str] = field(default_factory=list)
+    ignored: list[str] = field(default_factory=list)
+
+
+def adapt_state_dict(state_dict: Mapping[str, Any], model: nn.Module) -> tuple[dict[str, Tensor], LoadReport]:
+    """`checkpoint_filter_fn` with a report. The head is listed as re-initialised where timm will leave it random.
+
+    Raises:
+        ValueError: the weights do not fit; the message names the keys.
+    """
+    cfg: dict[str, Any] = model.pretrained_cfg  # type: ignore[assignment]
+    weights = rename(unwrap(state_dict, _source(cfg)))
+    report = LoadReport(ignored=[key for key in weights if _IGNORED.search(key)])
+    weights = {key: value for key, value in weights.items() if key not in report.ignored}
+    expected = model.state_dict()
+
+    head, first_conv = cfg["classifier"], get_model_traits(model)["first_conv"]
+    if f"{head}.weight" in weights:
+        cfg["num_classes"] = len(weights[f"{head}.weight"])
+    if f"{first_conv}.weight" in weights:
+        cfg["input_size"] = (weights[f"{first_conv}.weight"].shape[1], *cfg["input_size"][1:])
+    replaced = []
+    if cfg["num_classes"] != model.num_classes:
+        replaced = [f"{head}.weight", f"{head}.bias"]
+        report.reinitialised = [key for key in replaced if key in expected]
+
+    misshaped = []
+    for key in [key for key in expected if key in weights and key not in replaced]:
+        shape, wanted = weights[key].shape, expected[key].shape
+        if shape == wanted:
+            report.matched.append(key)
+        elif key.endswith("rpb") and len(shape) == len(wanted) == 3 and shape[0] == wanted[0]:
+            weights[key] = resize_rpb(weights[key], wanted[1:])
+            report.resized.append(key)
+        elif key == f"{first_conv}.weight" and shape[:1] + shape[2:] == wanted[:1] + wanted[2:]:
+            report.resized.append(key)
+        else:
+            misshaped.append(f"{key} ({list(shape)}, not {list(wanted)})")
+    problems = {
+        "missing keys": [key for key in expected if key not in weights and key not in replaced],
+        "unexpected keys": [key for key in weights if key not in expected and key not in replaced],
+        "keys of another shape": misshaped,
+    }
+    if any(problems.values()):
+        listed = "; ".join(f"{name}: {_listing(keys)}" for name, keys in problems.items() if keys)
+        raise ValueError(f"the weights of {_source(cfg)} do not fit this {type(model).__name__}; {listed}")
+    return weights, report
+
+
+def unwrap(state_dict: Mapping[str, Any], source: str) -> dict[str, Tensor]:
+    """The bare state dict: out of training checkpoints, without the prefixes of wrapping modules.
+
+    Args:
+        state_dict: what the file holds.
+        source: name of the file, for the error.
+
+    Raises:
+        ValueError: there are other things than tensors in it.
+    """
+    for wrapper in _WRAPPERS:
+        if isinstance(state_dict, Mapping) and isinstance(state_dict.get(wrapper), Mapping):
+            state_dict = state_dict[wrapper]
+    if not isinstance(state_dict, Mapping) or not all(isinstance(value, Tensor) for value in state_dict.values()):
+        raise ValueError(f"{source} holds no state dict: not only tensors by name")
+    return {_PREFIXES.sub("", key): value for key, value in state_dict.items()}
+
+
+def rename(weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Hugging Face's names of `Nat*` and `Dinat*` models -> the original ones; other names stay.
+
+    Query, key and value become one `qkv`; `layer_scale_parameters [2, dim]` become `gamma1` and `gamma2`.
+    """
+    if not any("embeddings.patch_embeddings." in key for key in weights):
+        return dict(weights)
+    weights = dict(weights)
+    for query in [name for name in weights if ".attention.self.query." in name]:
+        parts = [query.replace(".query.", f".{part}.") for part in ("query", "key", "value")]
+        if all(part in weights for part in parts):
+            qkv = query.replace(".attention.self.query.", ".attn.qkv.")
+            weights[qkv] = torch.cat([weights.pop(part) for part in parts])
+    for name in [name for name in weights if name.endswith(".layer_scale_parameters")]:
+        for gamma, row in zip(("gamma1", "gamma2"), weights.pop(name).unbind(), strict=True):
+            weights[name.replace("layer_scale_parameters", gamma)] = row.clone()
+    for pattern, replacement in _HUGGING_FACE:
+        weights = {re.sub(pattern, replacement, name): value for name, value in weights.items()}
+    return weights
+
+
+def resize_rpb(rpb: Tensor, size: Iterable[int]) -> Tensor:
+    """Biases `[heads, 2 * k_1 - 1, 2 * k_2 - 1]` for another kernel size, bicubic, as the 11 x 11 models were made.
+
+    Args:
+        rpb: relative positional biases of two axes.
+        size: new extent of the last two axes.
+    """
+    return F.interpolate(rpb[None].float(), tuple(size), mode="bicubic")[0].to(rpb.dtype)
+
+
+def _source(cfg: Mapping[str, Any]) -> str:
+    return next((str(cfg[key]) for key in ("file", "hf_hub_id", "url") if cfg.get(key)), "the given state dict")
+
+
+def _listing(keys: list[str], limit: int = 20) -> str:
+    return ", ".join(keys[:limit]) + (f" and {len(keys) - limit} more" if len(keys) > limit else "")

@@ -1,0 +1,302 @@
+"""NAT and DiNAT: hierarchical transformers of neighborhood attention with overlapping convolutions between the stages.
+
+Neighborhood Attention Transformer, https://arxiv.org/abs/2204.07143
+Dilated Neighborhood Attention Transformer, https://arxiv.org/abs/2209.15001
+Original code and weights: https://github.com/SHI-Labs/Neighborhood-Attention-Transformer (MIT license)
+"""
+
+from collections.abc import Callable, Sequence
+from itertools import cycle, islice
+from typing import Any, ClassVar
+
+from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
+from timm.layers import calculate_drop_path_rates
+from timm.models import generate_default_cfgs, register_model
+from torch import Tensor, nn
+
+from nat_models.backbone import Backbone
+from nat_models.checkpoints import build_model
+from nat_models.layers import Block, ConvDownsampler, ConvTokenizer, NeighborhoodAttention2D
+
+__all__ = ["NAT"]  # register_model adds the entry points
+
+
+class Level(nn.Module):
+    """One stage: blocks at one resolution, then the reduction to the next stage's map.
+
+    Args:
+        blocks: modules on maps `[B, H, W, C]`.
+        downsample: reduction to the next stage; None in the last one.
+    """
+
+    def __init__(self, blocks: Sequence[nn.Module], downsample: nn.Module | None) -> None:
+        super().__init__()
+        self.blocks = nn.Sequential(*blocks)
+        self.downsample = downsample
+
+    def forward(self, x: Tensor | tuple[Tensor, Tensor]) -> Tensor | tuple[Tensor, Tensor]:
+        """Takes what the level before returned: `(its features, this level's map)`; the first level takes its map.
+
+        Returns:
+            `(features [B, H, W, C], next level's map [B, H / 2, W / 2, 2 * C])`; the last level its features alone.
+        """
+        features = self.blocks(x[1] if isinstance(x, tuple) else x)
+        return features if self.downsample is None else (features, self.downsample(features))
+
+
+class NAT(Backbone):
+    """NAT, and with `dilations` DiNAT.
+
+    Args:
+        embed_dim: channels of the first stage; every following stage doubles them.
+        depths: blocks per stage; at least one stage.
+        num_heads: attention heads per stage.
+        mlp_ratio: width of the MLPs' hidden layer over the channels.
+        kernel_size: neighborhood of the attention, one for all stages or one per stage.
+        dilations: per stage, the dilations that its blocks take in turn; `[1, 8]` over 3 blocks means 1, 8, 1. None
+            means 1 everywhere.
+        layer_scale: initial value of the layer scale; None leaves it out.
+        num_classes: outputs of the classifier; 0 leaves it out.
+        in_chans: channels of the images.
+        global_pool: "avg", "max", "avgmax" or "" for none.
+        qkv_bias: bias in the projections to query, key and value.
+        drop_rate: dropout rate before the classifier.
+        proj_drop_rate: dropout rate after attention and in the MLPs.
+        drop_path_rate: rate of stochastic depth at the last block, growing linearly from 0 at the first.
+
+    Raises:
+        ValueError: settings per stage that are not as many as the stages, or a value out of its range.
+    """
+
+    stages_name = "levels"
+    stage_pattern = [(r"\.blocks\.(\d+)", None), (r"\.downsample", (99999,))]
+    embed_layer: ClassVar[Callable[[int, int], nn.Module]] = ConvTokenizer
+    downsample_layer: ClassVar[Callable[[int], nn.Module]] = ConvDownsampler
+
+    def __init__(
+        self,
+        embed_dim: int = 64,
+        depths: Sequence[int] = (3, 4, 6, 5),
+        num_heads: Sequence[int] = (2, 4, 8, 16),
+        mlp_ratio: float = 3.0,
+        kernel_size: int | Sequence[int] = 7,
+        dilations: Sequence[int | Sequence[int]] | None = None,
+        layer_scale: float | None = None,
+        num_classes: int = 1000,
+        in_chans: int = 3,
+        global_pool: str = "avg",
+        qkv_bias: bool = True,
+        drop_rate: float = 0.0,
+        proj_drop_rate: float = 0.0,
+        drop_path_rate: float = 0.0,
+    ) -> None:
+        super().__init__()
+        if len(depths) < 1 or min(depths) < 1:
+            raise ValueError(f"depths must hold at least one stage with at least one block each, got {depths}")
+        num_stages = len(depths)
+        num_heads = _per_stage("num_heads", num_heads, num_stages)
+        kernel_sizes = _per_stage("kernel_size", kernel_size, num_stages)
+        dilations = _per_stage("dilations", 1 if dilations is None else dilations, num_stages)
+        drop_path_rates: Any = calculate_drop_path_rates(drop_path_rate, list(depths), stagewise=True)
+        self.in_chans = in_chans
+        self.embed_dim = embed_dim
+
+        self.patch_embed = type(self).embed_layer(in_chans, embed_dim)
+        levels, self.feature_info = [], []
+        for i, depth in enumerate(depths):
+            dim = embed_dim * 2**i
+            turns = dilations[i] if isinstance(dilations[i], Sequence) else [dilations[i]]
+            if not turns:
+                raise ValueError(f"dilations must hold at least one dilation per stage, got {dilations}")
+            blocks = [
+                Block(
+                    dim,
+                    NeighborhoodAttention2D(
+                        dim,
+                        num_heads[i],
+                        kernel_sizes[i],
+                        dilation=dilation,
+                        qkv_bias=qkv_bias,
+                        proj_drop=proj_drop_rate,
+                    ),
+                    mlp_ratio=mlp_ratio,
+                    layer_scale=layer_scale,
+                    proj_drop=proj_drop_rate,
+                    drop_path=drop_path,
+                )
+                for dilation, drop_path in zip(islice(cycle(turns), depth), drop_path_rates[i], strict=True)
+            ]
+            levels.append(Level(blocks, type(self).downsample_layer(dim) if i < num_stages - 1 else None))
+            self.feature_info.append(dict(num_chs=dim, reduction=4 * 2**i, module=f"{self.stages_name}.{i}"))
+        self.add_module(self.stages_name, nn.Sequential(*levels))
+        self.init_head(dim, num_classes, global_pool, drop_rate)
+
+
+def _per_stage(name: str, value: Any, num_stages: int) -> list[Any]:
+    values = list(value) if isinstance(value, Sequence) else [value] * num_stages
+    if len(values) != num_stages:
+        raise ValueError(f"{name} must hold one entry for each of the {num_stages} stages of depths, got {value}")
+    return values
+
+
+def _create_nat(variant: str, pretrained: bool = False, **kwargs: Any) -> nn.Module:
+    num_stages = len(kwargs["depths"])
+    feature_cfg = dict(flatten_sequential=True, out_indices=kwargs.pop("out_indices", tuple(range(num_stages))))
+    return build_model(NAT, variant, pretrained, feature_cfg=feature_cfg, **kwargs)
+
+
+_WEIGHTS = "https://shi-labs.com/projects"
+
+
+def _cfg(url: str = "", **kwargs: Any) -> dict[str, Any]:
+    return {
+        "url": url,
+        "num_classes": 1000,
+        "input_size": (3, 224, 224),
+        "pool_size": (7, 7),
+        "crop_pct": 0.875,
+        "interpolation": "bicubic",
+        "mean": IMAGENET_DEFAULT_MEAN,
+        "std": IMAGENET_DEFAULT_STD,
+        "first_conv": "patch_embed.proj.0",
+        "classifier": "head",
+        "license": "mit",
+        "origin_url": "https://github.com/SHI-Labs/Neighborhood-Attention-Transformer",
+        **kwargs,
+    }
+
+
+def _nat_cfg(file: str, **kwargs: Any) -> dict[str, Any]:
+    return _cfg(
+        f"{_WEIGHTS}/nat/checkpoints/CLS/{file}",
+        paper_name="Neighborhood Attention Transformer",
+        paper_ids="arXiv:2204.07143",
+        **kwargs,
+    )
+
+
+def _dinat_cfg(file: str, **kwargs: Any) -> dict[str, Any]:
+    return _cfg(
+        f"{_WEIGHTS}/dinat/checkpoints/{file}",
+        paper_name="Dilated Neighborhood Attention Transformer",
+        paper_ids="arXiv:2209.15001",
+        **kwargs,
+    )
+
+
+_384: dict[str, Any] = dict(input_size=(3, 384, 384), pool_size=(12, 12), crop_pct=1.0)
+
+default_cfgs = generate_default_cfgs(
+    {
+        "nat_mini.in1k": _nat_cfg("nat_mini.pth"),
+        "nat_tiny.in1k": _nat_cfg("nat_tiny.pth"),
+        "nat_small.in1k": _nat_cfg("nat_small.pth"),
+        "nat_base.in1k": _nat_cfg("nat_base.pth"),
+        "dinat_mini.in1k": _dinat_cfg("imagenet1k/dinat_mini_in1k_224.pth"),
+        "dinat_tiny.in1k": _dinat_cfg("imagenet1k/dinat_tiny_in1k_224.pth"),
+        "dinat_small.in1k": _dinat_cfg("imagenet1k/dinat_small_in1k_224.pth"),
+        "dinat_base.in1k": _dinat_cfg("imagenet1k/dinat_base_in1k_224.pth"),
+        "dinat_large.in22k_ft_in1k": _dinat_cfg("imagenet1k/dinat_large_in22k_in1k_224.pth"),
+        "dinat_large_384.in22k_ft_in1k": _dinat_cfg("imagenet1k/dinat_large_in22k_in1k_384.pth", **_384),
+        "dinat_large_384_11x11.in22k_ft_in1k": _dinat_cfg("imagenet1k/dinat_large_in22k_in1k_384_11x11.pth", **_384),
+        "dinat_large_21k.in22k": _dinat_cfg("imagenet22k/dinat_large_in22k_224.pth", num_classes=21841),
+        "dinat_large_21k_11x11.in22k": _dinat_cfg(
+            "imagenet22k/dinat_large_in22k_224_11x11interp.pth", num_classes=21841
+        ),
+    }
+)
+
+_DILATIONS_224 = ((1, 8), (1, 4), (1, 2), (1, 1))
+_DILATIONS_384 = ((1, 13), (1, 6), (1, 3), (1, 1))
+_MINI: dict[str, Any] = dict(embed_dim=64, depths=(3, 4, 6, 5), num_heads=(2, 4, 8, 16), mlp_ratio=3)
+_TINY: dict[str, Any] = dict(embed_dim=64, depths=(3, 4, 18, 5), num_heads=(2, 4, 8, 16), mlp_ratio=3)
+_SMALL: dict[str, Any] = dict(embed_dim=96, depths=(3, 4, 18, 5), num_heads=(3, 6, 12, 24), mlp_ratio=2)
+_BASE: dict[str, Any] = dict(embed_dim=128, depths=(3, 4, 18, 5), num_heads=(4, 8, 16, 32), mlp_ratio=2)
+_LARGE: dict[str, Any] = dict(embed_dim=192, depths=(3, 4, 18, 5), num_heads=(6, 12, 24, 48), mlp_ratio=2)
+
+
+@register_model
+def nat_mini(pretrained: bool = False, **kwargs: Any) -> nn.Module:
+    """NAT-Mini: 20 M parameters."""
+    return _create_nat("nat_mini", pretrained, **dict(_MINI, drop_path_rate=0.2) | kwargs)
+
+
+@register_model
+def nat_tiny(pretrained: bool = False, **kwargs: Any) -> nn.Module:
+    """NAT-Tiny: 28 M parameters."""
+    return _create_nat("nat_tiny", pretrained, **dict(_TINY, drop_path_rate=0.2) | kwargs)
+
+
+@register_model
+def nat_small(pretrained: bool = False, **kwargs: Any) -> nn.Module:
+    """NAT-Small: 51 M parameters, layer scale."""
+    return _create_nat("nat_small", pretrained, **dict(_SMALL, layer_scale=1e-5, drop_path_rate=0.3) | kwargs)
+
+
+@register_model
+def nat_base(pretrained: bool = False, **kwargs: Any) -> nn.Module:
+    """NAT-Base: 90 M parameters, layer scale."""
+    return _create_nat("nat_base", pretrained, **dict(_BASE, layer_scale=1e-5, drop_path_rate=0.5) | kwargs)
+
+
+@register_model
+def dinat_mini(pretrained: bool = False, **kwargs: Any) -> nn.Module:
+    """DiNAT-Mini: 20 M parameters."""
+    args = dict(_MINI, dilations=_DILATIONS_224, drop_path_rate=0.2)
+    return _create_nat("dinat_mini", pretrained, **args | kwargs)
+
+
+@register_model
+def dinat_tiny(pretrained: bool = False, **kwargs: Any) -> nn.Module:
+    """DiNAT-Tiny: 28 M parameters."""
+    args = dict(_TINY, dilations=_DILATIONS_224, drop_path_rate=0.2)
+    return _create_nat("dinat_tiny", pretrained, **args | kwargs)
+
+
+@register_model
+def dinat_small(pretrained: bool = False, **kwargs: Any) -> nn.Module:
+    """DiNAT-Small: 51 M parameters, no layer scale (unlike NAT-Small)."""
+    args = dict(_SMALL, dilations=_DILATIONS_224, drop_path_rate=0.3)
+    return _create_nat("dinat_small", pretrained, **args | kwargs)
+
+
+@register_model
+def dinat_base(pretrained: bool = False, **kwargs: Any) -> nn.Module:
+    """DiNAT-Base: 90 M parameters, layer scale."""
+    args = dict(_BASE, dilations=_DILATIONS_224, layer_scale=1e-5, drop_path_rate=0.5)
+    return _create_nat("dinat_base", pretrained, **args | kwargs)
+
+
+@register_model
+def dinat_large(pretrained: bool = False, **kwargs: Any) -> nn.Module:
+    """DiNAT-Large: 200 M parameters, from ImageNet-22k to 1k at 224 x 224."""
+    args = dict(_LARGE, dilations=_DILATIONS_224, drop_path_rate=0.35)
+    return _create_nat("dinat_large", pretrained, **args | kwargs)
+
+
+@register_model
+def dinat_large_384(pretrained: bool = False, **kwargs: Any) -> nn.Module:
+    """DiNAT-Large at 384 x 384, with larger dilations."""
+    args = dict(_LARGE, dilations=_DILATIONS_384, drop_path_rate=0.35)
+    return _create_nat("dinat_large_384", pretrained, **args | kwargs)
+
+
+@register_model
+def dinat_large_384_11x11(pretrained: bool = False, **kwargs: Any) -> nn.Module:
+    """DiNAT-Large at 384 x 384, with 11 x 11 neighborhoods."""
+    args = dict(_LARGE, kernel_size=11, dilations=_DILATIONS_224, drop_path_rate=0.35)
+    return _create_nat("dinat_large_384_11x11", pretrained, **args | kwargs)
+
+
+@register_model
+def dinat_large_21k(pretrained: bool = False, **kwargs: Any) -> nn.Module:
+    """DiNAT-Large on the 21,841 classes of ImageNet-22k."""
+    args = dict(_LARGE, dilations=_DILATIONS_224, drop_path_rate=0.2)
+    return _create_nat("dinat_large_21k", pretrained, **args | kwargs)
+
+
+@register_model
+def dinat_large_21k_11x11(pretrained: bool = False, **kwargs: Any) -> nn.Module:
+    """`dinat_large_21k` with its biases resized to 11 x 11 neighborhoods: where fine-tuning at 384 started."""
+    args = dict(_LARGE, kernel_size=11, dilations=_DILATIONS_224, drop_path_rate=0.2)
+    return _create_nat("dinat_large_21k_11x11", pretrained, **args | kwargs)
