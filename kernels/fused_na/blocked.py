@@ -239,7 +239,8 @@ class _BlockedAttention(torch.autograd.Function):
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, grad_output: Tensor, grad_lse: Tensor | None) -> tuple[Tensor | None, ...]:
-        query, key, value, rpb, additional_keys, additional_values = ctx.saved_tensors
+        inputs = ctx.saved_tensors  # read once: activation checkpointing allows no more
+        query, key, value, rpb, additional_keys, additional_values = inputs
         axes, scale, single_chunk = ctx.axes, ctx.scale, ctx.single_chunk
         dtype = compute_dtype(query.dtype)
         table = _bias_table(axes, rpb, dtype, query.device)
@@ -278,7 +279,7 @@ class _BlockedAttention(torch.autograd.Function):
                     grad_table.index_add_(1, chunk.bias_index.flatten(), per_head)
         grad_rpb = None if rpb is None else grad_table[:, :-1].reshape(rpb.shape)
         grads = [grad_query, grad_key, grad_value, grad_rpb, grad_additional_keys, grad_additional_values]
-        typed = [None if g is None else g.to(x.dtype) for g, x in zip(grads, ctx.saved_tensors, strict=True)]
+        typed = [None if g is None else g.to(x.dtype) for g, x in zip(grads, inputs, strict=True)]
         return *typed, None, None, None, None
 
 
