@@ -1,0 +1,319 @@
+"""The Triton kernels against the reference and the golden values, in Triton's interpreter.
+
+`test_fused_na_triton.py` runs this file; to run it alone: `TRITON_INTERPRET=1 pytest tests/interpreted_triton.py`.
+The interpreter takes milliseconds for every operation of every program, so maps are tiny, and batches and heads few.
+"""
+
+import os
+from dataclasses import replace
+from math import ceil
+from pathlib import Path
+
+import pytest
+import test_fused_na_golden as golden
+import torch
+import triton
+import triton.language as tl
+from attention_problems import Problem, assert_close, attend_with_gradients, problems
+from hypothesis import given, settings
+from torch import Tensor
+from triton.runtime import interpreter
+
+from fused_na import merge_attentions, na2d, neighborhood_attention, ops
+from fused_na.triton import launch, neighborhood
+from fused_na.triton.tiles import Extent, Tiles, as_three_axes
+from fused_na.window import Axis, inverse_window, window
+
+assert os.environ.get("TRITON_INTERPRET") == "1", "set TRITON_INTERPRET=1 before the kernels are imported"
+
+pytestmark = pytest.mark.filterwarnings("ignore:Conversion of an array:DeprecationWarning")  # in the interpreter itself
+
+AXES = {  # of a map, per rank: length, kernel_size, stride, dilation, is_causal
+    "1d": [Axis(37, 5)],
+    "1d even": [Axis(36, 4)],
+    "1d single": [Axis(35, 1)],
+    "1d pair": [Axis(40, 2, 2)],
+    "1d full": [Axis(40, 40)],
+    "1d stride": [Axis(45, 6, 4)],
+    "1d even stride": [Axis(41, 8, 3)],
+    "1d blocks": [Axis(42, 6, 6)],
+    "1d uneven blocks": [Axis(43, 5, 5)],
+    "1d dilation": [Axis(47, 4, 1, 3)],
+    "1d widest dilation": [Axis(40, 5, 1, 8)],
+    "1d stride dilation": [Axis(46, 6, 4, 4)],
+    "1d causal": [Axis(40, 6, 1, 1, True)],
+    "1d causal full": [Axis(35, 35, 1, 1, True)],
+    "1d causal blocks": [Axis(38, 4, 4, 1, True)],
+    "1d causal stride dilation": [Axis(45, 5, 3, 2, True)],
+    "1d one token": [Axis(1, 1)],
+    "2d": [Axis(6, 3), Axis(7, 3)],
+    "2d odd even": [Axis(5, 3), Axis(9, 4)],
+    "2d single": [Axis(5, 1), Axis(8, 5)],
+    "2d full": [Axis(6, 6), Axis(7, 7)],
+    "2d strips": [Axis(6, 6), Axis(8, 3)],
+    "2d stride": [Axis(7, 4, 3), Axis(8, 5, 2)],
+    "2d blocks": [Axis(6, 3, 3), Axis(8, 4, 4)],
+    "2d dilation": [Axis(7, 2, 1, 3), Axis(9, 3, 1, 2)],
+    "2d dilation on one axis": [Axis(7, 3), Axis(9, 3, 1, 3)],
+    "2d stride dilation": [Axis(9, 4, 3, 2), Axis(6, 5, 2, 1)],
+    "2d causal": [Axis(6, 4, 1, 1, True), Axis(7, 3, 1, 1, True)],
+    "2d mixed causal": [Axis(6, 3), Axis(8, 5, 1, 1, True)],
+    "2d mixed causal stride dilation": [Axis(9, 4, 2, 2, True), Axis(6, 4, 3)],
+    "3d": [Axis(3, 2), Axis(3, 2), Axis(5, 3)],
+    "3d single": [Axis(3, 1), Axis(4, 1), Axis(4, 3)],
+    "3d full": [Axis(2, 2), Axis(2, 2), Axis(4, 4)],
+    "3d stride": [Axis(3, 2, 2), Axis(3, 3, 3), Axis(5, 2)],
+    "3d dilation": [Axis(2, 1), Axis(4, 2, 1, 2), Axis(5, 2, 2, 2)],
+    "3d causal time": [Axis(4, 3, 1, 1, True), Axis(3, 2), Axis(3, 2)],
+    "3d causal": [Axis(5, 2, 2, 2, True), Axis(2, 2, 1, 1, True), Axis(3, 2, 1, 1, True)],
+}
+FEW = Problem((5, 6), (2, 3), (2, 1), (2, 1), (False, True), batch=1, heads=1, heads_kv=1, has_rpb=True)
+VARIANTS = {
+    "batch and heads": replace(FEW, batch=2, heads=2, heads_kv=2),
+    "grouped queries": replace(FEW, heads=4, heads_kv=2),
+    "grouped queries, packed": replace(FEW, batch=2, heads=3, layout="packed"),
+    "packed": replace(FEW, batch=2, heads=2, heads_kv=2, layout="packed"),
+    "heads first": replace(FEW, batch=2, heads=2, heads_kv=2, layout="heads first"),
+    "packed in 3d": Problem(
+        (3, 3, 4), (2, 2, 2), (1, 1, 2), (1, 1, 2), (True, False, False), 1, 2, 1, has_rpb=True, layout="packed"
+    ),
+    "head_dim 24": replace(FEW, head_dim=24, head_dim_v=24),
+    "wider values": replace(FEW, head_dim=8, head_dim_v=40),
+    "narrower values": replace(FEW, head_dim=72, head_dim_v=8),
+    "head_dim 256": replace(FEW, head_dim=256, head_dim_v=256, has_rpb=False),
+    "negative scale": replace(FEW, scale=-0.7),
+    "zero scale": replace(FEW, scale=0.0),
+    "large scale": replace(FEW, scale=3.0),
+    "no additional keys": replace(FEW, additional=0),
+    "one additional key": replace(FEW, additional=1),
+    "many additional keys": replace(FEW, additional=45, has_rpb=False),
+    "additional keys, batch, grouped queries": replace(
+        FEW, batch=2, heads=4, heads_kv=2, head_dim_v=16, additional=5, has_rpb=False
+    ),
+    "additional keys in 1d": Problem((21,), (4,), (2,), (3,), (True,), 1, 2, 1, 8, 16, has_rpb=True, additional=7),
+    "additional keys in 3d": Problem((3, 3, 4), (2, 3, 3), (1,) * 3, (1,) * 3, (True,) * 3, 1, 1, 1, additional=3),
+    "no batch": replace(FEW, batch=0, additional=2),
+}  # fmt: skip
+
+
+@pytest.fixture(autouse=True, scope="module")
+def fast_interpreter():
+    """Leaves out the interpreter's overflow checks of all integer arithmetic, which take half of its time."""
+    options = interpreter.interpreter_builder.options
+    interpreter.interpreter_builder.options = interpreter.InterpreterOptions(sanitize_overflow=False)
+    yield
+    interpreter.interpreter_builder.options = options
+
+
+@pytest.fixture(autouse=True)
+def nan_in_new_tensors():
+    """Fills all newly allocated tensors with NaN, so that an element which no kernel writes shows."""
+    torch.use_deterministic_algorithms(True)
+    assert torch.utils.deterministic.fill_uninitialized_memory and torch.zeros(1).new_empty(1).isnan()
+    yield
+    torch.use_deterministic_algorithms(False)
+
+
+def check(problem: Problem, dtype: torch.dtype = torch.float32, tolerance: float = 1e-5) -> None:
+    """Output, log-sum-exp and all gradients against the reference in float64 on the same inputs."""
+    inputs = problem.inputs(dtype)
+    expected = attend_with_gradients(problem, {name: x.double() for name, x in inputs.items()}, "reference")
+    assert_close(attend_with_gradients(problem, inputs, "triton"), expected, tolerance)
+
+
+@pytest.mark.parametrize("has_rpb", [False, True], ids=["", "rpb"])
+@pytest.mark.parametrize("axes", AXES.values(), ids=AXES.keys())
+def test_windows(axes: list[Axis], has_rpb: bool) -> None:
+    check(Problem(*zip(*axes, strict=True), batch=1, heads=1, heads_kv=1, has_rpb=has_rpb))
+
+
+@pytest.mark.parametrize("problem", VARIANTS.values(), ids=VARIANTS.keys())
+def test_tensors(problem: Problem) -> None:
+    check(problem)
+
+
+@settings(max_examples=8)
+@given(problem=problems(max_tokens=24))
+def test_any_legal_problem(problem: Problem) -> None:
+    batch, group = min(problem.batch, 2), min(problem.heads // problem.heads_kv, 2)
+    width = 8 * problem.head_dim  # 8, 32 or 64
+    check(replace(
+        problem, batch=batch, heads=group, heads_kv=1, head_dim=width,
+        head_dim_v=16 if problem.head_dim_v == 3 else width,
+    ))  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("axes", "query", "key"),
+    [
+        ([Axis(37, 4, 3, 2, True)], (1, 1, 16), (1, 1, 16)),
+        ([Axis(37, 6, 2)], (1, 1, 32), (1, 1, 16)),
+        ([Axis(6, 3), Axis(6, 3, 3)], (4, 1, 4), (2, 1, 8)),
+        ([Axis(7, 3, 1, 2), Axis(4, 2, 1, 1, True)], (2, 1, 8), (4, 1, 4)),
+        ([Axis(3, 2, 1, 1, True), Axis(4, 3), Axis(3, 2)], (2, 2, 4), (1, 4, 4)),
+        ([Axis(4, 2), Axis(3, 2), Axis(4, 2, 1, 2)], (4, 2, 2), (2, 8, 1)),
+    ],
+)
+def test_any_tiles(axes: list[Axis], query: Extent, key: Extent, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The result does not depend on the tiles; these are among the smallest, so that every map has several."""
+    monkeypatch.setattr(launch, "choose_tiles", lambda *problem: Tiles(query, key, num_warps=1, num_stages=1))
+    check(Problem(*zip(*axes, strict=True), batch=1, heads=1, heads_kv=1, has_rpb=True))
+
+
+@pytest.mark.parametrize("bulk_copies", [False, True], ids=["loads", "bulk copies"])
+@pytest.mark.parametrize("rows", [0, 1, 3])
+@pytest.mark.parametrize("has_rpb", [False, True], ids=["", "rpb"])
+@pytest.mark.parametrize(
+    "axes",
+    [
+        [Axis(37, 6, 2)],
+        [Axis(7, 4, 3), Axis(9, 5)],
+        [Axis(9, 4, 1, 2, True), Axis(7, 3, 2)],
+        [Axis(5, 3, 2, 1, True), Axis(4, 3), Axis(5, 4)],
+    ],
+)
+def test_every_forward_kernel(
+    axes: list[Axis], has_rpb: bool, rows: int, bulk_copies: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The general one (no rows) and the one for small windows, with and without the GPU's engine for bulk copies."""
+    query, key = [((1, 1, 16), (1, 1, 16)), ((4, 1, 4), (1, 1, 16)), ((2, 2, 4), (1, 4, 4))][len(axes) - 1]
+    monkeypatch.setattr(launch, "choose_tiles", lambda *problem: Tiles(query, key, 1, 1, rows))
+    monkeypatch.setattr(launch, "_has_bulk_copies", lambda device: bulk_copies)
+    problem = Problem(*zip(*axes, strict=True), 1, 1, 1, head_dim=16, head_dim_v=32, has_rpb=has_rpb, layout="packed")
+    inputs = problem.inputs(torch.float32)
+    expected, actual = (
+        neighborhood_attention(**inputs, **problem.options, return_lse=True, backend=backend)
+        for backend in ("reference", "triton")
+    )
+    torch.testing.assert_close(actual, expected)
+
+
+@pytest.mark.parametrize("path", golden.GOLDEN, ids=lambda path: path.stem)
+def test_golden_values(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """With one tile for every dilation group: the interpreter is slow in programs, not in what one program does."""
+
+    def choose_tiles(kernel: str, axes: tuple[Axis, ...], *problem) -> Tiles:
+        t, h, w = (triton.next_power_of_2(ceil(axis.length / axis.dilation)) for axis in as_three_axes(axes))
+        tile = t, h, max(w, 16 // (t * h))
+        return Tiles(tile, tile, num_warps=1, num_stages=1)
+
+    monkeypatch.setattr(launch, "choose_tiles", choose_tiles)
+    golden.test_golden_values(path, "triton")
+
+
+def test_float16() -> None:
+    check(replace(FEW, heads=2, additional=2), torch.float16, tolerance=3e-3)
+
+
+def test_float32_bias_with_float16_inputs() -> None:
+    inputs = FEW.inputs(torch.float16)
+    inputs["rpb"] = FEW.inputs(torch.float32)["rpb"]
+    actual = attend_with_gradients(FEW, inputs, "triton")
+    assert actual["gradient of rpb"].dtype == torch.float32
+    expected = attend_with_gradients(FEW, {name: x.double() for name, x in inputs.items()}, "reference")
+    assert_close(actual, expected, tolerance=3e-3)
+
+
+def test_large_scores_do_not_overflow() -> None:
+    inputs = FEW.inputs(torch.float32)
+    inputs["query"] *= 1e4
+    expected = attend_with_gradients(FEW, inputs, "reference")["output"]
+    actual = attend_with_gradients(FEW, inputs, "triton")
+    assert all(x.isfinite().all() for x in actual.values())
+    assert_close({"output": actual["output"]}, {"output": expected}, tolerance=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("wanted", "result"),
+    [("query", 0), ("query", 1), ("value", 0), ("rpb", 0), ("rpb", 1), ("additional_keys", 0), ("additional_keys", 1)],
+)
+def test_one_gradient_of_one_result(wanted: str, result: int) -> None:
+    """Of the output (0) or of the log-sum-exp (1) alone."""
+    problem = replace(FEW, additional=2)
+
+    def gradient(backend: str) -> Tensor:
+        inputs = problem.inputs(torch.float32)
+        inputs[wanted].requires_grad_()
+        results = neighborhood_attention(**inputs, **problem.options, return_lse=True, backend=backend)
+        return torch.autograd.grad(results[result].sin().sum(), inputs[wanted])[0]
+
+    assert_close({wanted: gradient("triton")}, {wanted: gradient("reference")}, tolerance=1e-5)
+
+
+def test_merge_attentions_trains() -> None:
+    """Merging attention to the neighborhood and to other tokens is attention to both; so are the gradients."""
+    problem = replace(FEW, additional=3)
+    inputs = {name: x.requires_grad_() for name, x in problem.inputs(torch.float32).items()}
+    query, scale = inputs["query"], problem.head_dim**-0.5
+    scores = torch.einsum("bxyhd,bnhd->bxyhn", query, inputs["additional_keys"]) * scale
+    others = torch.einsum("bxyhn,bnhd->bxyhd", scores.softmax(-1), inputs["additional_values"])
+    near = neighborhood_attention(
+        query, inputs["key"], inputs["value"], rpb=inputs["rpb"], **problem.options, return_lse=True, backend="triton"
+    )
+    merged, lse = merge_attentions([near[0], others], [near[1], scores.logsumexp(-1)])
+    together = neighborhood_attention(**inputs, **problem.options, return_lse=True, backend="reference")
+    torch.testing.assert_close((merged, lse), together)
+    loss, expected = (result.sin().sum() for result in (merged, together[0]))
+    gradients = [torch.autograd.grad(x, tuple(inputs.values())) for x in (loss, expected)]
+    torch.testing.assert_close(*gradients)
+
+
+@triton.jit
+def intervals_kernel(index, members, kernel, stride, results, CAUSAL: tl.constexpr, INVERSE: tl.constexpr):
+    # The interpreter lets a kernel's constants be tensors, so that one launch covers all windows.
+    place = tl.arange(0, 1024) + tl.program_id(0) * 1024
+    index, members = tl.load(index + place), tl.load(members + place)
+    kernel, stride = tl.load(kernel + place), tl.load(stride + place)
+    if INVERSE:
+        start, end = neighborhood.inverse_window(index, members, kernel, stride, CAUSAL)
+    else:
+        start, end = neighborhood.window(index, members, kernel, stride, CAUSAL)
+    tl.store(results + 2 * place, start)
+    tl.store(results + 2 * place + 1, end)
+
+
+@pytest.mark.parametrize("is_causal", [False, True])
+@pytest.mark.parametrize("rule", [window, inverse_window])
+def test_kernels_follow_the_window_rule(rule, is_causal: bool) -> None:
+    """On all windows in dilation groups of up to 18 members."""
+    cases = [
+        (index, n, k, s) for n in range(1, 19) for k in range(1, n + 1) for s in range(1, k + 1) for index in range(n)
+    ]
+    expected = [rule(Axis(n, k, s, 1, is_causal), index, n) for index, n, k, s in cases]
+    blocks = ceil(len(cases) / 1024)
+    cases += [(0, 1, 1, 1)] * (blocks * 1024 - len(cases))
+    columns = [torch.tensor(column, dtype=torch.int32) for column in zip(*cases, strict=True)]
+    results = torch.empty(blocks * 1024, 2, dtype=torch.int32)
+    intervals_kernel[(blocks,)](*columns, results, CAUSAL=is_causal, INVERSE=rule is inverse_window)
+    assert results[: len(expected)].tolist() == [list(interval) for interval in expected]
+
+
+@pytest.mark.parametrize("has_rpb", [True, False], ids=["rpb", "additional"])
+def test_operators_pass_opcheck(has_rpb: bool) -> None:
+    """The forward operator with its autograd, and the backward operator on its own."""
+    additional = None if has_rpb else 2
+    problem = Problem((3, 4), (2, 2), (1, 1), (1, 1), (True, False), 1, 1, 1, has_rpb=has_rpb, additional=additional)
+    inputs = problem.inputs(torch.float32)
+    names = ("query", "key", "value", "rpb", "additional_keys", "additional_values")
+    tensors = [x if x is None else x.requires_grad_() for x in map(inputs.get, names)]
+    options = *map(list, (problem.kernel_size, problem.stride, problem.dilation, problem.is_causal)), 0.3
+    torch.library.opcheck(ops.forward, (*tensors, *options))
+
+    tensors = [x if x is None else x.detach() for x in tensors]
+    output, lse = ops.forward(*tensors, *options)
+    incoming = torch.randn_like(output), torch.randn_like(lse)
+    torch.library.opcheck(ops.backward, (*incoming, *tensors, output, lse, *options, has_rpb))
+
+
+@pytest.mark.parametrize("dynamic", [False, True], ids=["static", "dynamic"])
+def test_compile(dynamic: bool) -> None:
+    rpb = torch.randn(1, 3, 3, requires_grad=True)
+
+    def attend(qkv: Tensor) -> Tensor:
+        return na2d(*qkv.unbind(-3), kernel_size=2, rpb=rpb, backend="triton").sin().sum()
+
+    compiled = torch.compile(attend, fullgraph=True, backend="aot_eager", dynamic=dynamic)
+    for batch in (2, 3):
+        qkv = torch.randn(batch, 3, 4, 3, 1, 8, requires_grad=True)
+        expected, actual = (torch.autograd.grad(function(qkv), (qkv, rpb)) for function in (attend, compiled))
+        torch.testing.assert_close(actual, expected)
