@@ -65,7 +65,7 @@ def build_model(model_cls: Callable[..., nn.Module], variant: str, pretrained: b
         if source == cfg.url:
             folder = Path(kwargs.get("cache_dir") or Path(torch.hub.get_dir()) / "checkpoints")
             (folder / Path(urlparse(source).path).name).unlink(missing_ok=True)
-        raise ValueError(f"cannot load weights from {source}: {error or type(error).__name__}") from error
+        raise ValueError(f"cannot load weights from {source}: {_reason(error)}") from error
 
 
 def checkpoint_filter_fn(state_dict: dict[str, Any], model: nn.Module) -> dict[str, Tensor]:
@@ -188,5 +188,13 @@ def _source(cfg: Mapping[str, Any]) -> str:
     return next((str(cfg[key]) for key in ("file", "hf_hub_id", "url") if cfg.get(key)), "the given state dict")
 
 
-def _listing(keys: list[str], limit: int = 20) -> str:
+def _reason(error: Exception) -> str:
+    if isinstance(error, AttributeError):
+        return "it holds no state dict"
+    if isinstance(error, pickle.UnpicklingError) or isinstance(error.__cause__, pickle.UnpicklingError):
+        return "it is damaged, of another format, or holds objects that only unsafe unpickling would restore"
+    return str(error) or type(error).__name__
+
+
+def _listing(keys: list[str], limit: int = 8) -> str:
     return ", ".join(keys[:limit]) + (f" and {len(keys) - limit} more" if len(keys) > limit else "")
