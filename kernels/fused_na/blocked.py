@@ -9,7 +9,7 @@ there is one chunk, so that the batch may be dynamic.
 from collections.abc import Iterator
 from functools import lru_cache
 from itertools import product
-from math import ceil, prod
+from math import ceil, e, log2, prod
 from typing import Any, NamedTuple
 
 import torch
@@ -19,37 +19,49 @@ from fused_na.precision import compute_dtype, without_autocast
 from fused_na.window import Axis, group_members, window
 
 CHUNK_SCORES = 1 << 18  # scores held at a time: 1 MiB of float32
+LOG2_E = log2(e)
 
 
 class AxisTiles(NamedTuple):
-    """The tiles of one axis: `T` tiles of `Q` queries and `K` keys each, counted within a tile's dilation group."""
+    """The tiles of one axis: `T` tiles of `Q` queries that see `K` keys, with `P` different patterns of who sees whom.
 
-    keys: int  # K
-    group: list[int]  # [T]
-    members: list[int]  # [T]
-    query: list[list[int]]  # [T][Q]; a tile that is not full repeats its group's last member
-    start: list[list[int]]  # [T][Q] window of each query
-    end: list[list[int]]  # [T][Q]
-    padding: list[list[int]]  # [T][Q] -1 where a query is such a repetition, else 0
+    Lists, not tensors, for they are cached, and a trace in progress would leave its own tensors in the cache.
+    """
+
+    query: list[list[int]]  # [T][Q] coordinates; a tile that is not full repeats its group's last one
+    padding: list[list[int]]  # [T][Q] 1 where a query is such a repetition, else 0
+    key: list[list[int]]  # [T][K] coordinates
+    pattern: list[int]  # [T]
+    position: list[list[int]]  # [P][Q] queries, counted within the dilation group from the tile's first key
+    start: list[list[int]]  # [P][Q] window of each query, counted likewise
+    end: list[list[int]]  # [P][Q]
 
 
 def tile_axis(axis: Axis, size: int) -> AxisTiles:
     """Cuts one axis, dilation group by dilation group, into tiles of `size` queries."""
-    tiles = AxisTiles(0, [], [], [], [], [], [])
-    keys = 0
+    tiles = AxisTiles([], [], [], [], [], [], [])
+    patterns: dict[tuple, int] = {}
+    spans = []
     for group in range(axis.dilation):
         members = group_members(axis, group)
         for begin in range(0, group_members(axis, 0), size):
             query = [min(i, members - 1) for i in range(begin, begin + size)]
-            start, end = zip(*(window(axis, i, members) for i in query), strict=True)
-            tiles.group.append(group)
-            tiles.members.append(members)
-            tiles.query.append(query)
-            tiles.start.append(list(start))
-            tiles.end.append(list(end))
-            tiles.padding.append([-1 if i >= members else 0 for i in range(begin, begin + size)])
-            keys = max(keys, end[-1] - start[0])
-    return tiles._replace(keys=keys)
+            windows = [window(axis, i, members) for i in query]
+            first = windows[0][0]
+            pattern = tuple(
+                (i - first, start - first, end - first) for i, (start, end) in zip(query, windows, strict=True)
+            )
+            tiles.query.append([i * axis.dilation + group for i in query])
+            tiles.padding.append([int(i >= members) for i in range(begin, begin + size)])
+            tiles.pattern.append(patterns.setdefault(pattern, len(patterns)))
+            spans.append((group, members, first, windows[-1][1]))
+    keys = max(end - first for _, _, first, end in spans)
+    for group, members, first, _ in spans:
+        tiles.key.append([min(j, members - 1) * axis.dilation + group for j in range(first, first + keys)])
+    for pattern in patterns:
+        for table, column in zip((tiles.position, tiles.start, tiles.end), zip(*pattern, strict=True), strict=True):
+            table.append(list(column))
+    return tiles
 
 
 def _tile_sizes(axis: Axis) -> list[tuple[int, int, int]]:
@@ -78,61 +90,65 @@ def choose_tile(axes: tuple[Axis, ...]) -> tuple[int, ...]:
 
 @lru_cache(maxsize=256)
 def tile_axes(axes: tuple[Axis, ...]) -> tuple[AxisTiles, ...]:
-    """The tiles of every axis. Lists, not tensors, so that no trace in progress can leave its tensors in the cache."""
+    """The tiles of every axis."""
     return tuple(tile_axis(axis, size) for axis, size in zip(axes, choose_tile(axes), strict=True))
 
 
-def _axis_tables(axis: Axis, tiles: AxisTiles, which: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """int64 tables of the tiles `which [T]`.
+@lru_cache(maxsize=256)
+def _tile_chunks(axes: tuple[Axis, ...], size: int) -> list[tuple[list, list, list[int]]]:
+    """Cuts the tiles into chunks of `size`: each one's tiles by axis, patterns by axis, and the pattern of each tile."""
+    per_axis = tile_axes(axes)
+    tiles = list(product(*(range(len(tiles.query)) for tiles in per_axis)))
+    chunks = []
+    for begin in range(0, len(tiles), size):
+        chunk = tiles[begin : begin + size]
+        patterns: dict[tuple, int] = {}
+        pattern_of_tile = [
+            patterns.setdefault(tuple(a.pattern[i] for a, i in zip(per_axis, tile, strict=True)), len(patterns))
+            for tile in chunk
+        ]
+        chunks.append((list(zip(*chunk, strict=True)), list(zip(*patterns, strict=True)), pattern_of_tile))
+    return chunks
 
-    Query coordinates and padding `[T, Q]`, key coordinates `[T, K]`, and offsets along this axis of the relative
-    positional bias `[T, Q, K]`, -1 outside the window.
-    """
-    group, members, query, start, end, padding = (torch.tensor(table)[which] for table in tiles[1:])
-    key = start[:, :1] + torch.arange(tiles.keys)
-    is_neighbor = (key[:, None] >= start[..., None]) & (key[:, None] < end[..., None])
-    offset = torch.where(is_neighbor, key[:, None] - query[..., None] + axis.kernel_size - 1, -1)
-    key = torch.minimum(key, members[:, None] - 1)
-    return query * axis.dilation + group[:, None], padding, key * axis.dilation + group[:, None], offset
 
-
-def _join(per_axis: list[Tensor], sizes: list[int]) -> Tensor:
-    """Joins indices `[T, Q_i, ...]` into axes of these sizes to flat ones `[T, Q, ...]`; negative ones become -1."""
+def _outer_sum(per_axis: list[Tensor], sizes: list[int]) -> Tensor:
+    """Joins indices `[T, n_i, ...]` into axes of these sizes to flat indices `[T, n_1 * n_2 * ..., ...]`."""
     joined = per_axis[0]
     for table, size in zip(per_axis[1:], sizes[1:], strict=True):
-        tiles, *outer_shape = joined.shape
-        inner_shape = table.shape[1:]
-        outer = joined.reshape(tiles, *(n for a in outer_shape for n in (a, 1)))
-        inner = table.reshape(tiles, *(n for b in inner_shape for n in (1, b)))
-        joined = torch.where((outer < 0) | (inner < 0), -1, outer * size + inner)
-        joined = joined.reshape(tiles, *(a * b for a, b in zip(outer_shape, inner_shape, strict=True)))
+        tiles, *outer = joined.shape
+        inner = table.shape[1:]
+        joined = (joined * size).reshape(tiles, *(n for a in outer for n in (a, 1)))
+        joined = joined + table.reshape(tiles, *(n for b in inner for n in (1, b)))
+        joined = joined.reshape(tiles, *(a * b for a, b in zip(outer, inner, strict=True)))
     return joined
 
 
 class _Chunk(NamedTuple):
-    """Tiles worked on together: `n = b * heads_kv * T` dense problems of `queries = heads / heads_kv * Q` by `K`."""
+    """Tiles worked on together: `n = b * heads_kv * T` dense problems of `R = heads / heads_kv * Q` queries."""
 
     batch: slice
-    query_rows: Tensor  # [n * queries] among the query's `B * tokens * heads` rows
+    shape: tuple[int, int, int]  # b, heads_kv, T
+    query_rows: Tensor  # [n * R] among the query's `B * tokens * heads` rows
     key_rows: Tensor  # [n * K] among the key's `B * tokens * heads_kv` rows
-    padding: Tensor | None  # bool [n * queries], slots that repeat a query; None if there are none
-    bias: Tensor  # [b, heads_kv, T, queries, K + M], -inf outside the neighborhood; M additional keys
-    bias_index: Tensor  # [T, Q, K] into a head's row of the bias table, whose last entry is for pairs outside
+    padding: Tensor | None  # bool [n, R, 1], queries that repeat another; None if there are none
+    bias: Tensor  # [heads_kv * P, R * (K + M)], -inf outside the neighborhood; M additional keys
+    bias_rows: Tensor  # [n] each problem's row of the bias
+    bias_index: Tensor  # [P, Q, K] into a head's row of the bias table, whose last entry is for pairs outside
 
 
 def _rows(tokens: Tensor, batch: slice, map_size: int, heads: int, heads_kv: int) -> Tensor:
     """Rows of tokens `[T, Q]` among `B * map_size * heads`, ordered as `[b, heads_kv, T, heads / heads_kv, Q]`."""
     sample = torch.arange(batch.start, batch.stop, device=tokens.device).reshape(-1, 1, 1, 1, 1)
     head = torch.arange(heads, device=tokens.device).reshape(1, heads_kv, 1, -1, 1)
-    return ((sample * map_size + tokens[:, None]) * heads + head).flatten()
+    return (sample * (map_size * heads) + (tokens[:, None] * heads + head)).flatten()
 
 
 def _bias_table(axes: tuple[Axis, ...], rpb: Tensor | None, dtype: torch.dtype, device: torch.device) -> Tensor:
-    """Additive score of every relative position, and -inf as last entry: `[heads or 1, positions + 1]`."""
+    """Additive score of every relative position, to base 2, and -inf as last entry: `[heads or 1, positions + 1]`."""
     if rpb is None:
         flat = torch.zeros(1, prod(2 * axis.kernel_size - 1 for axis in axes), dtype=dtype, device=device)
     else:
-        flat = rpb.flatten(1).to(dtype)
+        flat = rpb.flatten(1).to(dtype) * LOG2_E
     return torch.nn.functional.pad(flat, (0, 1), value=float("-inf"))
 
 
@@ -143,46 +159,60 @@ def _chunks(
     batch_size, heads, heads_kv = query.shape[0], query.shape[-2], key.shape[-2]
     group = heads // heads_kv
     per_axis = tile_axes(axes)
-    counts = [len(tiles.query) for tiles in per_axis]
-    tile_scores = heads * prod(len(tiles.query[0]) * tiles.keys for tiles in per_axis)
-    has_padding = any(min(map(min, tiles.padding)) < 0 for tiles in per_axis)
+    count = prod(len(tiles.query) for tiles in per_axis)
+    tile_scores = heads * prod(len(tiles.query[0]) * len(tiles.key[0]) for tiles in per_axis)
+    has_padding = any(1 in padding for tiles in per_axis for padding in tiles.padding)
     if single:
-        tile_step, batches = prod(counts), [slice(0, batch_size)]
+        tile_step, batches = count, [slice(0, batch_size)]
     else:
-        tile_step = min(max(1, CHUNK_SCORES // tile_scores), prod(counts))
+        tile_step = min(max(1, CHUNK_SCORES // tile_scores), count)
         step = max(1, CHUNK_SCORES // (tile_scores * tile_step))
         batches = [slice(start, min(start + step, batch_size)) for start in range(0, batch_size, step)]
 
     lengths = [axis.length for axis in axes]
-    join_sizes = (lengths, [1] * len(axes), lengths, [2 * axis.kernel_size - 1 for axis in axes])
-    for tile in torch.arange(prod(counts)).split(tile_step):
-        tables = map(_axis_tables, axes, per_axis, torch.unravel_index(tile, counts))
-        query_tokens, padding, key_tokens, bias_index = (
-            _join(list(per_axis_tables), sizes).to(query.device)
-            for per_axis_tables, sizes in zip(zip(*tables, strict=True), join_sizes, strict=True)
+    biases = [2 * axis.kernel_size - 1 for axis in axes]
+    for tiles_by_axis, patterns_by_axis, pattern_of_tile in _tile_chunks(axes, tile_step):
+        tiles = [torch.tensor(i) for i in tiles_by_axis]
+        query_tokens = _outer_sum([torch.tensor(a.query)[i] for a, i in zip(per_axis, tiles, strict=True)], lengths)
+        key_tokens = _outer_sum([torch.tensor(a.key)[i] for a, i in zip(per_axis, tiles, strict=True)], lengths)
+        padding = _outer_sum([torch.tensor(a.padding)[i] for a, i in zip(per_axis, tiles, strict=True)], lengths) > 0
+
+        offsets = []
+        for axis, a, which in zip(axes, per_axis, patterns_by_axis, strict=True):
+            position, start, end = (
+                torch.tensor(x)[torch.tensor(which)][..., None] for x in (a.position, a.start, a.end)
+            )
+            key_position = torch.arange(len(a.key[0]))
+            offset = key_position - position + axis.kernel_size - 1
+            offsets.append(offset.where((key_position >= start) & (key_position < end), table.shape[1]))
+        # One axis outside the window is enough to exceed every index into the table.
+        bias_index = _outer_sum(offsets, biases).clamp(max=table.shape[1] - 1).to(query.device)
+        bias = table.index_select(1, bias_index.flatten()).reshape(-1, *bias_index.shape)
+        bias = bias.expand(heads, -1, -1, -1).reshape(heads_kv, group, *bias_index.shape).transpose(1, 2)
+        bias = torch.nn.functional.pad(bias, (0, additional)).flatten(0, 1).flatten(1)
+        bias_rows = torch.arange(heads_kv)[:, None] * len(bias_index) + torch.tensor(pattern_of_tile)
+
+        query_tokens, key_tokens, padding, bias_rows = (
+            x.to(query.device) for x in (query_tokens, key_tokens, padding, bias_rows)
         )
-        bias_index = bias_index.where(bias_index >= 0, table.shape[1] - 1)
-        bias = table.index_select(1, bias_index.flatten()).reshape(-1, 1, *bias_index.shape)
-        bias = (
-            bias.expand(heads, -1, -1, -1, -1).reshape(heads_kv, group, *bias_index.shape).transpose(1, 2).flatten(2, 3)
-        )
-        if additional:
-            bias = torch.nn.functional.pad(bias, (0, additional))
         for batch in batches:
             b = batch.stop - batch.start
+            is_padding = padding[:, None].expand(b, heads_kv, -1, group, -1)
             yield _Chunk(
                 batch,
+                (b, heads_kv, len(pattern_of_tile)),
                 _rows(query_tokens, batch, prod(lengths), heads, heads_kv),
                 _rows(key_tokens, batch, prod(lengths), heads_kv, heads_kv),
-                (padding < 0)[:, None].expand(b, heads_kv, -1, group, -1).flatten() if has_padding else None,
-                bias.expand(b, -1, -1, -1, -1),
+                is_padding.flatten(3).flatten(0, 2)[..., None] if has_padding else None,
+                bias,
+                bias_rows.expand(b, -1, -1).flatten(),
                 bias_index,
             )
 
 
 def _gather(x: Tensor, rows: Tensor, additional: Tensor | None, chunk: _Chunk, dtype: torch.dtype) -> Tensor:
     """A chunk's matrices `[n, rows + M, width]` of `x [all rows, width]` and `additional [B, M, heads_kv, width]`."""
-    b, heads_kv, tiles = chunk.bias.shape[:3]
+    b, heads_kv, tiles = chunk.shape
     width = x.shape[-1]
     matrices = x.index_select(0, rows).to(dtype).reshape(b * heads_kv * tiles, -1, width)
     if additional is None:
@@ -193,9 +223,9 @@ def _gather(x: Tensor, rows: Tensor, additional: Tensor | None, chunk: _Chunk, d
 
 
 def _scores(query: Tensor, key: Tensor, chunk: _Chunk, scale: float) -> Tensor:
-    """Scaled and biased scores `[n, queries, keys]` of one chunk's matrices."""
-    bias = chunk.bias.clone(memory_format=torch.contiguous_format).flatten(0, 2)
-    return bias.baddbmm_(query, key.mT, alpha=scale)
+    """Scaled and biased scores `[n, R, K + M]` of one chunk's matrices, to base 2: exp2 is faster than exp."""
+    bias = chunk.bias.index_select(0, chunk.bias_rows).reshape(*query.shape[:2], key.shape[1])
+    return bias.baddbmm_(query, key.mT, alpha=scale * LOG2_E)
 
 
 class _BlockedAttention(torch.autograd.Function):
@@ -215,31 +245,33 @@ class _BlockedAttention(torch.autograd.Function):
         return_lse: bool,
         single_chunk: bool,
     ) -> tuple[Tensor, Tensor | None]:
-        ctx.save_for_backward(query, key, value, rpb, additional_keys, additional_values)
-        ctx.axes, ctx.scale, ctx.single_chunk = axes, scale, single_chunk
         dtype = compute_dtype(query.dtype)
         table = _bias_table(axes, rpb, dtype, query.device)
         additional = 0 if additional_keys is None else additional_keys.shape[1]
         width = value.shape[-1]
         output = query.new_empty(*query.shape[:-1], width)
-        lse = query.new_empty(query.shape[:-1], dtype=dtype) if return_lse else None
+        lse = query.new_empty(query.shape[:-1], dtype=dtype)  # to base 2
         query_all, key_all, value_all = (x.reshape(-1, x.shape[-1]) for x in (query, key, value))
         for chunk in _chunks(query, key, axes, table, additional, single_chunk):
             q = _gather(query_all, chunk.query_rows, None, chunk, dtype)
             k = _gather(key_all, chunk.key_rows, additional_keys, chunk, dtype)
             v = _gather(value_all, chunk.key_rows, additional_values, chunk, dtype)
             scores = _scores(q, k, chunk, scale)
-            out = scores.softmax(-1) @ v
+            highest = scores.amax(-1, keepdim=True)
+            weights = scores.sub_(highest).exp2_()
+            total = weights.sum(-1, keepdim=True)
+            out = (weights @ v).div_(total)
             # A padding slot holds the same query as its owner, so that it is no matter which of them is written last.
             output.view(-1, width).index_copy_(0, chunk.query_rows, out.reshape(-1, width).to(output.dtype))
-            if lse is not None:
-                lse.view(-1).index_copy_(0, chunk.query_rows, scores.logsumexp(-1).flatten())
-        return output, lse
+            lse.view(-1).index_copy_(0, chunk.query_rows, total.log2_().add_(highest).flatten())
+        ctx.save_for_backward(query, key, value, rpb, additional_keys, additional_values, output, lse)
+        ctx.axes, ctx.scale, ctx.single_chunk = axes, scale, single_chunk
+        return output, lse / LOG2_E if return_lse else None
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, grad_output: Tensor, grad_lse: Tensor | None) -> tuple[Tensor | None, ...]:
-        inputs = ctx.saved_tensors  # read once: activation checkpointing allows no more
+        *inputs, output, lse = ctx.saved_tensors
         query, key, value, rpb, additional_keys, additional_values = inputs
         axes, scale, single_chunk = ctx.axes, ctx.scale, ctx.single_chunk
         dtype = compute_dtype(query.dtype)
@@ -249,35 +281,38 @@ class _BlockedAttention(torch.autograd.Function):
         grads = [None if x is None else torch.zeros(x.shape, dtype=dtype, device=x.device) for x in sources]
         grad_query, grad_key, grad_value, grad_table, grad_additional_keys, grad_additional_values = grads
         assert grad_query is not None and grad_key is not None and grad_value is not None and grad_table is not None
-        query_all, key_all, value_all = (x.reshape(-1, x.shape[-1]) for x in (query, key, value))
-        grad_output_all = grad_output.reshape(-1, grad_output.shape[-1])
+        # What the softmax takes off the gradient of every score: sum over j of p_j * dp_j = output . grad_output.
+        delta = (output.to(dtype) * grad_output).sum(-1)
+        delta = (delta if grad_lse is None else delta - grad_lse).flatten()
+        query_all, key_all, value_all, grad_output_all = (
+            x.reshape(-1, x.shape[-1]) for x in (query, key, value, grad_output)
+        )
         with without_autocast(query.device):
             for chunk in _chunks(query, key, axes, table, additional, single_chunk):
                 q = _gather(query_all, chunk.query_rows, None, chunk, dtype)
                 k = _gather(key_all, chunk.key_rows, additional_keys, chunk, dtype)
                 v = _gather(value_all, chunk.key_rows, additional_values, chunk, dtype)
                 grad_out = _gather(grad_output_all, chunk.query_rows, None, chunk, dtype)
-                probabilities = _scores(q, k, chunk, scale).softmax(-1)
-                is_padding = None if chunk.padding is None else chunk.padding.reshape(*q.shape[:2], 1)
-                if is_padding is not None:
-                    grad_out = grad_out.masked_fill(is_padding, 0)
-                # The fused form of p * (dp - sum(p * dp)): one pass over the scores instead of three.
-                grad_scores = torch._softmax_backward_data(grad_out @ v.mT, probabilities, -1, dtype)
-                if grad_lse is not None:
-                    grad_l = grad_lse.reshape(-1).index_select(0, chunk.query_rows).reshape(*q.shape[:2], 1)
-                    if is_padding is not None:
-                        grad_l = grad_l.masked_fill(is_padding, 0)
-                    grad_scores = grad_scores + probabilities * grad_l
+                chunk_lse = lse.view(-1).index_select(0, chunk.query_rows).reshape(*q.shape[:2], 1)
+                if chunk.padding is not None:
+                    chunk_lse = chunk_lse.masked_fill(chunk.padding, float("inf"))  # probabilities become 0
+                probabilities = _scores(q, k, chunk, scale).sub_(chunk_lse).exp2_()
+                chunk_delta = delta.index_select(0, chunk.query_rows).reshape(*q.shape[:2], 1)
+                grad_scores = (grad_out @ v.mT).sub_(chunk_delta).mul_(probabilities)
 
-                _scatter_add(grad_query, chunk.query_rows, (grad_scores @ k).mul_(scale), None, chunk)
-                _scatter_add(grad_key, chunk.key_rows, (grad_scores.mT @ q).mul_(scale), grad_additional_keys, chunk)
+                _scatter_add(grad_query, chunk.query_rows, grad_scores @ k, None, chunk)
+                _scatter_add(grad_key, chunk.key_rows, grad_scores.mT @ q, grad_additional_keys, chunk)
                 _scatter_add(grad_value, chunk.key_rows, probabilities.mT @ grad_out, grad_additional_values, chunk)
                 if rpb is not None:
-                    window_scores = grad_scores[..., : grad_scores.shape[-1] - additional]
-                    per_head = window_scores.reshape(*chunk.bias.shape[:3], -1, *chunk.bias_index.shape[1:])
-                    per_head = per_head.sum(0).transpose(1, 2).reshape(len(table), -1)
-                    grad_table.index_add_(1, chunk.bias_index.flatten(), per_head)
+                    patterns, queries, keys = chunk.bias_index.shape
+                    grad_bias = torch.zeros_like(chunk.bias).index_add_(0, chunk.bias_rows, grad_scores.flatten(1))
+                    grad_bias = grad_bias.reshape(-1, patterns, len(table) // key.shape[-2], queries, keys + additional)
+                    grad_bias = grad_bias[..., :keys].transpose(1, 2).reshape(len(table), -1)
+                    grad_table.index_add_(1, chunk.bias_index.flatten(), grad_bias)
         grad_rpb = None if rpb is None else grad_table[:, :-1].reshape(rpb.shape)
+        for g in (grad_query, grad_key, grad_additional_keys):
+            if g is not None:
+                g.mul_(scale)
         grads = [grad_query, grad_key, grad_value, grad_rpb, grad_additional_keys, grad_additional_values]
         typed = [None if g is None else g.to(x.dtype) for g, x in zip(grads, inputs, strict=True)]
         return *typed, None, None, None, None
@@ -288,7 +323,7 @@ def _scatter_add(grad: Tensor, rows: Tensor, matrices: Tensor, grad_additional: 
     width = matrices.shape[-1]
     if grad_additional is not None:
         additional = grad_additional.shape[1]
-        extra = matrices[:, matrices.shape[1] - additional :].reshape(*chunk.bias.shape[:3], additional, width)
+        extra = matrices[:, matrices.shape[1] - additional :].reshape(*chunk.shape, additional, width)
         grad_additional[chunk.batch] += extra.sum(2).transpose(1, 2)
         matrices = matrices[:, : matrices.shape[1] - additional]
     grad.view(-1, width).index_add_(0, rows, matrices.reshape(-1, width))

@@ -64,12 +64,14 @@ def backward(
     scale: float,
     needs_rpb: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """Gradients of query, key, value, rpb and additional keys and values; the last three are empty where there is none."""
+    """Gradients of query, key, value, rpb and additional keys and values; of the last three, those that are
+    not wanted are empty."""
     from fused_na.triton import launch
 
     axes = _axes(query, kernel_size, stride, dilation, is_causal)
     gradients = launch.backward(
-        grad_output, grad_lse, query, key, value, axes, scale, rpb, additional_keys, additional_values, output, lse, needs_rpb
+        grad_output, grad_lse, query, key, value, axes, scale, rpb, additional_keys, additional_values, output, lse,
+        needs_rpb,
     )  # fmt: skip
     q, k, v, *optional = (query.new_empty(0) if gradient is None else gradient for gradient in gradients)
     bias, keys, values = optional
@@ -117,7 +119,8 @@ def attend(
     additional_values: Tensor | None,
     return_lse: bool,
 ) -> tuple[Tensor, Tensor | None]:
-    """Neighborhood attention over already checked arguments; see `fused_na.neighborhood_attention` for their meaning."""
+    """Neighborhood attention over already checked arguments; see `fused_na.neighborhood_attention` for their
+    meaning."""
     if scale <= 0:  # the kernels scale after taking the maximum
         query, scale = query * scale, 1.0
     _, kernel_size, stride, dilation, is_causal = map(list, zip(*axes, strict=True))

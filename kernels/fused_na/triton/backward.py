@@ -1,8 +1,9 @@
 """The backward kernels. Each gradient is owned by the program that writes it, so that results are deterministic.
 
-With scores `s`, probabilities `p = exp(s - lse)` and incoming gradients `do` and `dlse`:
-`delta = rowsum(o * do) - dlse`, `ds = p * (do @ v.T - delta)`, `dq = ds @ k * scale`, `dk = ds.T @ q * scale`, `dv = p.T @ do`,
-and the gradient of a relative position's bias is the sum of `ds` over all pairs at that position.
+With scores `s`, probabilities `p = exp(s - lse)` and incoming gradients `do` and `dlse`: `delta = rowsum(o * do) -
+dlse`,
+`ds = p * (do @ v.T - delta)`, `dq = ds @ k * scale`, `dk = ds.T @ q * scale`, `dv = p.T @ do`, and the gradient of a
+relative position's bias is the sum of `ds` over all pairs at that position.
 """
 
 import triton
@@ -13,9 +14,11 @@ from fused_na.triton.neighborhood import (
     bias_center,
     bias_position,
     clamped,
+    covers,
     dilated,
     inverse_windows,
     load_rows,
+    load_tile,
     locate,
     offset,
     store_rows,
@@ -67,6 +70,8 @@ def query_kernel(
     BLOCK_D: tl.constexpr,
     BLOCK_DV: tl.constexpr,
     WIDE: tl.constexpr,
+    INTERIOR: tl.constexpr,
+    TMA: tl.constexpr,
     PRECISION: tl.constexpr,
     STAGES: tl.constexpr,
 ):
@@ -102,14 +107,15 @@ def query_kernel(
     row_lse = tl.load(lse + row_base + row, mask=is_query, other=0.0) * LOG2_E
 
     start, end = windows(member, members, KERNEL, STRIDE, CAUSAL)
-    first, _ = windows(begin, members, KERNEL, STRIDE, CAUSAL)
+    first, first_end = windows(begin, members, KERNEL, STRIDE, CAUSAL)
     last = clamped(begin, (QUERY_TILE[0] - 1, QUERY_TILE[1] - 1, QUERY_TILE[2] - 1), members)
-    _, stop = windows(last, members, KERNEL, STRIDE, CAUSAL)
+    last_start, stop = windows(last, members, KERNEL, STRIDE, CAUSAL)
     grid = tile_grid(first, stop, KEY_TILE)
 
     key_inner = unravel(tl.arange(0, KEYS), KEY_TILE)
-    key_base = key + batch * key_strides[0] + head_kv * key_strides[4]
-    value_base = value + batch * value_strides[0] + head_kv * value_strides[4]
+    if not TMA:
+        key_base = key + batch * key_strides[0] + head_kv * key_strides[4]
+        value_base = value + batch * value_strides[0] + head_kv * value_strides[4]
     no_group = (group[0] * 0, group[1] * 0, group[2] * 0)
     key_rows = offset(dilated(no_group, key_inner, dilations), key_strides[1:4], WIDE)
     value_rows = offset(dilated(no_group, key_inner, dilations), value_strides[1:4], WIDE)
@@ -123,14 +129,26 @@ def query_kernel(
         key_begin = tile_begin(step, first, grid, KEY_TILE)
         key_token = dilated(group, key_begin, dilations)
         is_key = below(key_begin, key_inner, stop)
-        k = load_rows(key_base + offset(key_token, key_strides[1:4], WIDE), key_rows, is_key, HEAD_DIM, BLOCK_D)
-        v = load_rows(value_base + offset(key_token, value_strides[1:4], WIDE), value_rows, is_key, HEAD_DIM_V, BLOCK_DV)
+        if TMA:
+            k = load_tile(key, batch, key_begin, head_kv, KEYS, HEAD_DIM)
+            v = load_tile(value, batch, key_begin, head_kv, KEYS, HEAD_DIM_V)
+        else:
+            v_base = value_base + offset(key_token, value_strides[1:4], WIDE)
+            k = load_rows(key_base + offset(key_token, key_strides[1:4], WIDE), key_rows, is_key, HEAD_DIM, BLOCK_D)
+            v = load_rows(v_base, value_rows, is_key, HEAD_DIM_V, BLOCK_DV)
         scores = tl.dot(q, k.T, input_precision=PRECISION) * (scale * LOG2_E)
-        attends = within(start, end, key_begin, key_inner, QUERY_TILE, KEY_TILE)
         if rpb is not None:
+            attends = within(start, end, key_begin, key_inner, QUERY_TILE, KEY_TILE)
             position = (bias_position(key_begin, KERNEL) + key_position)[None, :] - query_position[:, None]
-            scores += tl.load(rpb_base + position, mask=attends, other=0.0).to(tl.float32) * LOG2_E
-        probabilities = tl.where(attends, tl.exp2(scores - row_lse[:, None]), 0.0)
+            scores += tl.load(rpb_base + position, mask=attends, other=float("-inf")).to(tl.float32) * LOG2_E
+        probabilities = tl.exp2(scores - row_lse[:, None])
+        if rpb is None:
+            if not INTERIOR:
+                attends = within(start, end, key_begin, key_inner, QUERY_TILE, KEY_TILE)
+                probabilities = tl.where(attends, probabilities, 0.0)
+            elif not covers(key_begin, KEY_TILE, first_end, last_start):
+                attends = within(start, end, key_begin, key_inner, QUERY_TILE, KEY_TILE)
+                probabilities = tl.where(attends, probabilities, 0.0)
         grad_scores = probabilities * (tl.dot(grad_o, v.T, input_precision=PRECISION) - row_delta[:, None])
         grad_q = tl.dot(grad_scores.to(k.dtype), k, grad_q, input_precision=PRECISION)
 
@@ -181,6 +199,8 @@ def key_value_kernel(
     BLOCK_D: tl.constexpr,
     BLOCK_DV: tl.constexpr,
     WIDE: tl.constexpr,
+    INTERIOR: tl.constexpr,
+    TMA: tl.constexpr,
     PRECISION: tl.constexpr,
     STAGES: tl.constexpr,
 ):
@@ -206,9 +226,9 @@ def key_value_kernel(
     v = load_rows(value_base, offset(token, value_strides[1:4], WIDE), is_key, HEAD_DIM_V, BLOCK_DV)
 
     start, end = inverse_windows(member, members, KERNEL, STRIDE, CAUSAL)
-    first, _ = inverse_windows(begin, members, KERNEL, STRIDE, CAUSAL)
+    first, first_end = inverse_windows(begin, members, KERNEL, STRIDE, CAUSAL)
     last = clamped(begin, (KEY_TILE[0] - 1, KEY_TILE[1] - 1, KEY_TILE[2] - 1), members)
-    _, stop = inverse_windows(last, members, KERNEL, STRIDE, CAUSAL)
+    last_start, stop = inverse_windows(last, members, KERNEL, STRIDE, CAUSAL)
     grid = tile_grid(first, stop, QUERY_TILE)
     steps = grid[0] * grid[1] * grid[2]
 
@@ -230,24 +250,35 @@ def key_value_kernel(
         query_begin = tile_begin(step % steps, first, grid, QUERY_TILE)
         query_origin = dilated(group, query_begin, dilations)
         is_query = below(query_begin, query_inner, stop)
-        query_base = query + batch * query_strides[0] + head * query_strides[4]
-        query_base += offset(query_origin, query_strides[1:4], WIDE)
-        q = load_rows(query_base, query_rows, is_query, HEAD_DIM, BLOCK_D)
-        grad_base = grad_output + batch * grad_output_strides[0] + head * grad_output_strides[4]
-        grad_base += offset(query_origin, grad_output_strides[1:4], WIDE)
-        grad_o = load_rows(grad_base, grad_rows, is_query, HEAD_DIM_V, BLOCK_DV)
+        if TMA:
+            q = load_tile(query, batch, query_begin, head, QUERIES, HEAD_DIM)
+            grad_o = load_tile(grad_output, batch, query_begin, head, QUERIES, HEAD_DIM_V)
+        else:
+            query_base = query + batch * query_strides[0] + head * query_strides[4]
+            query_base += offset(query_origin, query_strides[1:4], WIDE)
+            q = load_rows(query_base, query_rows, is_query, HEAD_DIM, BLOCK_D)
+            grad_base = grad_output + batch * grad_output_strides[0] + head * grad_output_strides[4]
+            grad_base += offset(query_origin, grad_output_strides[1:4], WIDE)
+            grad_o = load_rows(grad_base, grad_rows, is_query, HEAD_DIM_V, BLOCK_DV)
         row_base = (batch * tokens + offset(query_origin, row_strides, WIDE)) * heads + head
         row_lse = tl.load(lse + row_base + lse_rows, mask=is_query, other=0.0) * LOG2_E
         row_delta = tl.load(delta + row_base + lse_rows, mask=is_query, other=0.0)
 
         scores = tl.dot(k, q.T, input_precision=PRECISION) * (scale * LOG2_E)
-        attends = within(start, end, query_begin, query_inner, KEY_TILE, QUERY_TILE)
         if rpb is not None:
+            attends = within(start, end, query_begin, query_inner, KEY_TILE, QUERY_TILE)
             rpb_base = rpb + head * ((2 * KERNEL[0] - 1) * (2 * KERNEL[1] - 1) * (2 * KERNEL[2] - 1))
             position = key_position[:, None] - (bias_position(query_begin, KERNEL) + query_position)[None, :]
-            bias = tl.load(rpb_base + bias_center(KERNEL) + position, mask=attends, other=0.0)
+            bias = tl.load(rpb_base + bias_center(KERNEL) + position, mask=attends, other=float("-inf"))
             scores += bias.to(tl.float32) * LOG2_E
-        probabilities = tl.where(attends, tl.exp2(scores - row_lse[None, :]), 0.0)
+        probabilities = tl.exp2(scores - row_lse[None, :])
+        if rpb is None:
+            if not INTERIOR:
+                attends = within(start, end, query_begin, query_inner, KEY_TILE, QUERY_TILE)
+                probabilities = tl.where(attends, probabilities, 0.0)
+            elif not covers(query_begin, QUERY_TILE, first_end, last_start):
+                attends = within(start, end, query_begin, query_inner, KEY_TILE, QUERY_TILE)
+                probabilities = tl.where(attends, probabilities, 0.0)
         grad_v = tl.dot(probabilities.to(grad_o.dtype), grad_o, grad_v, input_precision=PRECISION)
         grad_scores = probabilities * (tl.dot(v, grad_o.T, input_precision=PRECISION) - row_delta[None, :])
         grad_k = tl.dot(grad_scores.to(q.dtype), q, grad_k, input_precision=PRECISION)
@@ -296,7 +327,8 @@ def bias_kernel(
 ):
     """Sums `ds` over a share of all query tiles, at one offset between query tile and key tile.
 
-    At a fixed offset a pair's relative position depends on its place in the tile alone, so that tiles add up in registers.
+    At a fixed offset a pair's relative position depends on its place in the tile alone, so that tiles add up in
+    registers.
     `partial` is `[splits, heads, offsets, queries, keys]`; `items` counts query tiles over groups and batch.
     """
     QUERIES: tl.constexpr = QUERY_TILE[0] * QUERY_TILE[1] * QUERY_TILE[2]

@@ -11,6 +11,7 @@ from fused_na.triton.neighborhood import (
     covers,
     dilated,
     load_rows,
+    load_tile,
     locate,
     offset,
     store_rows,
@@ -70,6 +71,7 @@ def forward_kernel(
     BLOCK_D: tl.constexpr,
     BLOCK_DV: tl.constexpr,
     WIDE: tl.constexpr,
+    INTERIOR: tl.constexpr,
     TMA: tl.constexpr,
     PRECISION: tl.constexpr,
     STAGES: tl.constexpr,
@@ -121,8 +123,7 @@ def forward_kernel(
         key_token = dilated(group, key_begin, dilations)
         is_key = below(key_begin, key_inner, stop)
         if TMA:
-            place = [batch.to(tl.int32), key_begin[0], key_begin[1], key_begin[2], head_kv * HEAD_DIM]
-            k = key.load(place).reshape(KEYS, BLOCK_D)
+            k = load_tile(key, batch, key_begin, head_kv, KEYS, HEAD_DIM)
         else:
             k = load_rows(key_base + offset(key_token, key_strides[1:4], WIDE), key_rows, is_key, HEAD_DIM, BLOCK_D)
         scores = tl.dot(q, k.T, input_precision=PRECISION)
@@ -130,12 +131,14 @@ def forward_kernel(
             attends = within(start, end, key_begin, key_inner, QUERY_TILE, KEY_TILE)
             position = (bias_position(key_begin, KERNEL) + key_position)[None, :] - query_position[:, None]
             scores += tl.load(rpb_base + position, mask=attends, other=float("-inf"))
+        elif not INTERIOR:
+            attends = within(start, end, key_begin, key_inner, QUERY_TILE, KEY_TILE)
+            scores = tl.where(attends, scores, float("-inf"))
         elif not covers(key_begin, KEY_TILE, first_end, last_start):
             attends = within(start, end, key_begin, key_inner, QUERY_TILE, KEY_TILE)
             scores = tl.where(attends, scores, float("-inf"))
         if TMA:
-            place = [batch.to(tl.int32), key_begin[0], key_begin[1], key_begin[2], head_kv * HEAD_DIM_V]
-            v = value.load(place).reshape(KEYS, BLOCK_DV)
+            v = load_tile(value, batch, key_begin, head_kv, KEYS, HEAD_DIM_V)
         else:
             v_base = value_base + offset(key_token, value_strides[1:4], WIDE)
             v = load_rows(v_base, value_rows, is_key, HEAD_DIM_V, BLOCK_DV)

@@ -1,8 +1,8 @@
 """The forward kernel for small windows: little arithmetic around the matrix products.
 
-One warp attends from a small tile of queries, one key row along `t` at a time. The mask of the `h` and `w` axes is the same
-for every `t`; it enters as the initial accumulator of the scores. On `t` whole rows of scores are in or out, which costs
-nothing but a choice of the exponent's reference. Two-dimensional maps have their first axis as `t`.
+One warp attends from a small tile of queries, one key row along `t` at a time. The mask of the `h` and `w` axes is
+the same for every `t`; it enters as the initial accumulator of the scores. On `t` whole rows of scores are in or out,
+which costs nothing but a choice of the exponent's reference. Two-dimensional maps have their first axis as `t`.
 """
 
 import triton
@@ -16,6 +16,7 @@ from fused_na.triton.neighborhood import (
     dilated,
     inside_plane,
     load_rows,
+    load_tile,
     locate,
     offset,
     store_rows,
@@ -54,8 +55,8 @@ def forward_small_kernel(
     BLOCK_D: tl.constexpr,
     BLOCK_DV: tl.constexpr,
     WIDE: tl.constexpr,
+    TMA: tl.constexpr,
     PRECISION: tl.constexpr,
-    ROWS: tl.constexpr,
     STAGES: tl.constexpr,
 ):
     """`rpb` must be divided by `scale`, and `KEY_TILE[0]` be 1."""
@@ -85,12 +86,14 @@ def forward_small_kernel(
     grid_w = tl.cdiv(stop[2] - first[2], KEY_TILE[2])
 
     key_inner = unravel(tl.arange(0, KEYS), KEY_TILE)
-    key_base = key + batch * key_strides[0] + head_kv * key_strides[4]
-    value_base = value + batch * value_strides[0] + head_kv * value_strides[4]
+    if not TMA:
+        key_base = key + batch * key_strides[0] + head_kv * key_strides[4]
+        value_base = value + batch * value_strides[0] + head_kv * value_strides[4]
     if rpb is not None:
         rpb_base = rpb + head * ((2 * KERNEL[0] - 1) * (2 * KERNEL[1] - 1) * (2 * KERNEL[2] - 1)) + bias_center(KERNEL)
         query_position = bias_position(member, KERNEL)
 
+    factor = scale * LOG2_E
     highest = tl.full([QUERIES], -1e30, tl.float32)
     total = tl.zeros([QUERIES], tl.float32)
     accumulator = tl.zeros([QUERIES, BLOCK_DV], tl.float32)
@@ -103,43 +106,34 @@ def forward_small_kernel(
         columns = (key_inner[0], key_inner[1] * dilations[1], key_inner[2] * dilations[2])
         key_rows = offset(columns, key_strides[1:4], WIDE)
         value_rows = offset(columns, value_strides[1:4], WIDE)
-        key_row = key_base + offset(origin, key_strides[1:4], WIDE)
-        value_row = value_base + offset(origin, value_strides[1:4], WIDE)
+        if not TMA:
+            key_row = key_base + offset(origin, key_strides[1:4], WIDE)
+            value_row = value_base + offset(origin, value_strides[1:4], WIDE)
         if rpb is not None:
             key_member = (key_inner[0] + first[0], key_begin[1] + key_inner[1], key_begin[2] + key_inner[2])
             bias = rpb_base + (bias_position(key_member, KERNEL)[None, :] - query_position[:, None])
-        for step in tl.range(0, tl.cdiv(stop[0] - first[0], ROWS), num_stages=STAGES):
-            scores = ()
-            rows_in = ()
-            step_values = ()
-            new_highest = highest
-            for r in tl.static_range(ROWS):
-                t = first[0] + step * ROWS + r
-                is_row = is_key & (t < stop[0])
+        for t in tl.range(first[0], stop[0], num_stages=STAGES):
+            if TMA:
+                k = load_tile(key, batch, (t, key_begin[1], key_begin[2]), head_kv, KEYS, HEAD_DIM)
+                v = load_tile(value, batch, (t, key_begin[1], key_begin[2]), head_kv, KEYS, HEAD_DIM_V)
+            else:
                 shift = (t - first[0]).to(tl.int64) * dilations[0]
-                k = load_rows(key_row + shift * key_strides[1], key_rows, is_row, HEAD_DIM, BLOCK_D)
-                v = load_rows(value_row + shift * value_strides[1], value_rows, is_row, HEAD_DIM_V, BLOCK_DV)
-                in_row = (t >= start[0]) & (t < end[0])
-                initial = mask
-                if rpb is not None:
-                    bias_shift = (t - first[0]) * ((2 * KERNEL[1] - 1) * (2 * KERNEL[2] - 1))
-                    initial = tl.load(bias + bias_shift, mask=inside & in_row[:, None], other=float("-inf"))
-                s = tl.dot(q, k.T, initial, input_precision=PRECISION)
-                new_highest = tl.maximum(new_highest, tl.where(in_row, tl.max(s, 1) * (scale * LOG2_E), -1e30))
-                scores = scores + (s,)
-                rows_in = rows_in + (in_row,)
-                step_values = step_values + (v,)
+                k = load_rows(key_row + shift * key_strides[1], key_rows, is_key, HEAD_DIM, BLOCK_D)
+                v = load_rows(value_row + shift * value_strides[1], value_rows, is_key, HEAD_DIM_V, BLOCK_DV)
+            in_row = (t >= start[0]) & (t < end[0])
+            initial = mask
+            if rpb is not None:
+                bias_shift = (t - first[0]) * ((2 * KERNEL[1] - 1) * (2 * KERNEL[2] - 1))
+                initial = tl.load(bias + bias_shift, mask=inside & in_row[:, None], other=float("-inf"))
+            scores = tl.dot(q, k.T, initial, input_precision=PRECISION)
+            # `highest` starts finite, so that a row that has seen no key yet yields no NaN.
+            new_highest = tl.maximum(highest, tl.where(in_row, tl.max(scores, 1) * factor, -1e30))
+            reference = tl.where(in_row, new_highest, float("inf"))
+            probabilities = tl.exp2(scores * factor - reference[:, None])
             rescale = tl.exp2(highest - new_highest)
+            total = total * rescale + tl.sum(probabilities, 1)
             accumulator = accumulator * rescale[:, None]
-            total = total * rescale
-            sums = tl.zeros([QUERIES, KEYS], tl.float32)
-            for r in tl.static_range(ROWS):
-                reference = tl.where(rows_in[r], new_highest, float("inf"))
-                probabilities = tl.exp2(scores[r] * (scale * LOG2_E) - reference[:, None])
-                sums += probabilities
-                v = step_values[r]
-                accumulator = tl.dot(probabilities.to(v.dtype), v, accumulator, input_precision=PRECISION)
-            total += tl.sum(sums, 1)
+            accumulator = tl.dot(probabilities.to(v.dtype), v, accumulator, input_precision=PRECISION)
             highest = new_highest
 
     # Output and log-sum-exp are contiguous, `[B, *spatial, heads, head_dim_v]` and `[B, *spatial, heads]`.

@@ -23,8 +23,8 @@ def _spatial_strides(x: Tensor) -> tuple[int, ...]:
     return batch, t, h, w, heads
 
 
-def _rows_contiguous(x: Tensor | None) -> Tensor | None:
-    return x if x is None or x.stride(-1) == 1 else x.contiguous()
+def _rows_contiguous(x: Tensor) -> Tensor:
+    return x if x.stride(-1) == 1 else x.contiguous()
 
 
 class _Launch:
@@ -43,8 +43,12 @@ class _Launch:
             "STRIDE": (t.stride, h.stride, w.stride),
             "CAUSAL": (t.is_causal, h.is_causal, w.is_causal),
         }
-        # A tensor's last element decides whether 32-bit offsets reach within a sample; outputs are contiguous in the tokens.
-        reach = [sum((n - 1) * s for n, s in zip(x.shape[1:], x.stride()[1:], strict=True)) for x in (query, key, value, *others)]
+        # A tensor's last element decides whether 32-bit offsets reach within a sample; outputs are contiguous in the
+        # tokens.
+        reach = [
+            sum((n - 1) * s for n, s in zip(x.shape[1:], x.stride()[1:], strict=True))
+            for x in (query, key, value, *others)
+        ]
         contiguous = prod(axis.length for axis in axes) * self.heads * max(self.head_dim, self.head_dim_v)
         precision = "tf32" if query.dtype == torch.float32 and torch.backends.cuda.matmul.allow_tf32 else "ieee"
         self.common = {
@@ -59,6 +63,15 @@ class _Launch:
 
     def tiles(self, kernel: str) -> Tiles:
         return choose_tiles(kernel, self.axes, self.head_dim, self.head_dim_v, self.itemsize)
+
+    def has_interior(self, tiles: Tiles) -> bool:
+        """Whether a pair of tiles can lie wholly inside the neighborhood, so that looking for one pays."""
+        return all(
+            query + key - stride <= kernel_size
+            for query, key, stride, kernel_size in zip(
+                tiles.query, tiles.key, self.rule["STRIDE"], self.rule["KERNEL"], strict=True
+            )
+        )
 
     def count(self, extent: tuple[int, int, int]) -> int:
         """Tiles of all dilation groups of one sample and head."""
@@ -89,7 +102,8 @@ def forward(
 ) -> tuple[Tensor, Tensor]:
     """Output `[B, *spatial, heads, head_dim_v]` and float32 log-sum-exp `[B, *spatial, heads]`, both contiguous."""
     query, key, value = map(_rows_contiguous, (query, key, value))
-    additional_keys, additional_values = map(_rows_contiguous, (additional_keys, additional_values))
+    if additional_keys is not None and additional_values is not None:
+        additional_keys, additional_values = map(_rows_contiguous, (additional_keys, additional_values))
     output = query.new_empty((*query.shape[:-1], value.shape[-1]))
     lse = query.new_empty(query.shape[:-1], dtype=torch.float32)
     if output.numel() == 0:
@@ -120,16 +134,17 @@ def forward(
         "num_stages": tiles.num_stages,
     }
     grid = (launch.count(tiles.query) * launch.heads * launch.batch,)
-    if tiles.rows and additional_keys is None:
-        forward_small_kernel[grid](**tensors, ROWS=tiles.rows)
-        return output, lse
-    descriptors = _descriptors(launch, tiles, key, value)
-    forward_kernel[grid](
-        **(tensors | descriptors),
-        **_additional(additional_keys, additional_values),
-        additional=0 if additional_keys is None else additional_keys.shape[1],
-        TMA=bool(descriptors),
-    )
+    descriptors = _descriptors(launch, tiles, tiles.key, {"key": key, "value": value})
+    tensors |= descriptors | {"TMA": bool(descriptors)}
+    if tiles.by_row and additional_keys is None:
+        forward_small_kernel[grid](**tensors)
+    else:
+        forward_kernel[grid](
+            **tensors,
+            **_additional(additional_keys, additional_values),
+            additional=0 if additional_keys is None else additional_keys.shape[1],
+            INTERIOR=launch.has_interior(tiles),
+        )
     return output, lse
 
 
@@ -137,20 +152,23 @@ def _has_bulk_copies(device: torch.device) -> bool:
     return device.type == "cuda" and torch.cuda.get_device_capability(device)[0] >= 9
 
 
-def _descriptors(launch: "_Launch", tiles: Tiles, key: Tensor, value: Tensor) -> dict[str, TensorDescriptor]:
-    """Key and value for the bulk copy engine, where the machine and the tensors' layouts allow it; else nothing."""
-    if not _has_bulk_copies(key.device) or launch.groups > 1:
+def _descriptors(
+    launch: _Launch, tiles: Tiles, extent: tuple[int, int, int], tensors: dict[str, Tensor]
+) -> dict[str, TensorDescriptor]:
+    """Tensors as tiles for the bulk copy engine, where that was chosen and the machine and layouts allow it; else
+    nothing."""
+    if not tiles.bulk or launch.groups > 1 or not _has_bulk_copies(next(iter(tensors.values())).device):
         return {}
     described = {}
-    for name, x, block in (("key", key, launch.common["BLOCK_D"]), ("value", value, launch.common["BLOCK_DV"])):
+    for name, x in tensors.items():
         batch, t, h, w, heads = _spatial_strides(x)
         width = x.shape[-1]
         strides = [batch, t or w, h or w, w]
-        aligned = x.data_ptr() % 16 == 0 and all(stride * x.element_size() % 16 == 0 for stride in strides)
-        if width != block or heads != width or not aligned or prod(tiles.key) > 256 or min(strides) <= 0:
+        is_aligned = x.data_ptr() % 16 == 0 and all(stride * x.element_size() % 16 == 0 for stride in strides)
+        if width not in (16, 32, 64, 128, 256) or heads != width or not is_aligned or min(strides) <= 0:
             return {}
         shape = [x.shape[0], *launch.lengths.values(), x.shape[-2] * width]
-        described[name] = TensorDescriptor(x, shape, [*strides, 1], [1, *tiles.key, width])
+        described[name] = TensorDescriptor(x, shape, [*strides, 1], [1, *extent, width])
     return described
 
 
@@ -169,18 +187,22 @@ def backward(
     lse: Tensor,
     needs_rpb: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor | None, Tensor | None, Tensor | None]:
-    """Gradients of query, key, value, rpb (where needed), and additional keys and values (where given), all contiguous."""
+    """Gradients of query, key, value, rpb (where needed), and additional keys and values (where given), all
+    contiguous."""
     query, key, value, grad_output = map(_rows_contiguous, (query, key, value, grad_output))
-    additional_keys, additional_values = map(_rows_contiguous, (additional_keys, additional_values))
+    if additional_keys is not None and additional_values is not None:
+        additional_keys, additional_values = map(_rows_contiguous, (additional_keys, additional_values))
     rpb = None if rpb is None else rpb.contiguous()
     grad_lse = None if grad_lse is None else grad_lse.contiguous()
-    grad_query, grad_key, grad_value = (torch.empty(x.shape, dtype=x.dtype, device=x.device) for x in (query, key, value))
+    grad_query, grad_key, grad_value = (
+        torch.empty(x.shape, dtype=x.dtype, device=x.device) for x in (query, key, value)
+    )
     grad_rpb = torch.empty_like(rpb) if rpb is not None and needs_rpb else None
     delta = torch.empty_like(lse)
     additional = 0 if additional_keys is None else additional_keys.shape[1]
     if output.numel() == 0:
-        zeros = (None if x is None else torch.zeros_like(x) for x in (grad_rpb, additional_keys, additional_values))
-        return grad_query, grad_key, grad_value, *zeros
+        optional = [None if x is None else torch.zeros_like(x) for x in (grad_rpb, additional_keys, additional_values)]
+        return grad_query, grad_key, grad_value, optional[0], optional[1], optional[2]
 
     launch = _Launch(axes, query, key, value, grad_output)
     tensors = {
@@ -203,8 +225,11 @@ def backward(
         **launch.common,
     }
     tiles = launch.tiles("query")
+    descriptors = _descriptors(launch, tiles, tiles.key, {"key": key, "value": value})
     query_kernel[(launch.count(tiles.query) * launch.heads * launch.batch,)](
-        **tensors,
+        **(tensors | descriptors),
+        TMA=bool(descriptors),
+        INTERIOR=launch.has_interior(tiles),
         **_additional(additional_keys, additional_values),
         additional=additional,
         output=output,
@@ -217,8 +242,11 @@ def backward(
         num_stages=tiles.num_stages,
     )
     tiles = launch.tiles("key_value")
+    descriptors = _descriptors(launch, tiles, tiles.query, {"query": query, "grad_output": grad_output})
     key_value_kernel[(launch.count(tiles.key) * launch.heads_kv * launch.batch,)](
-        **tensors,
+        **(tensors | descriptors),
+        TMA=bool(descriptors),
+        INTERIOR=launch.has_interior(tiles),
         grad_key=grad_key,
         grad_value=grad_value,
         QUERY_TILE=tiles.query,

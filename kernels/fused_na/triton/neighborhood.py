@@ -1,6 +1,8 @@
 """What the kernels share: where a tile lies, which keys its queries see, and where tokens are in memory.
 
-Every problem is treated as three-dimensional, `(t, h, w)`; missing axes have length 1. `fused_na.window` defines the rule; `window` and `inverse_window` here are the same functions on Triton tensors, and a test holds them equal. Counts are in
+Every problem is treated as three-dimensional, `(t, h, w)`; missing axes have length 1. `fused_na.window` defines the
+rule;
+`window` and `inverse_window` here are the same functions on Triton tensors, and a test holds them equal. Counts are in
 members of a dilation group, so that inside a kernel nothing is dilated but the strides.
 """
 
@@ -41,7 +43,8 @@ def inverse_window(index, members, KERNEL: tl.constexpr, STRIDE: tl.constexpr, C
 def locate(pid, lengths, dilations, TILE: tl.constexpr):
     """Splits a program id into a tile of a dilation group and what is left (heads and batch).
 
-    Returns `(rest, group, members, begin)`; the last three hold one value per axis, `begin` the tile's first member. In the
+    Returns `(rest, group, members, begin)`; the last three hold one value per axis, `begin` the tile's first member.
+    In the
     smaller groups of an axis that its dilation does not divide, a last tile may lie outside: `begin >= members`.
     """
     tiles_t = tl.cdiv(tl.cdiv(lengths[0], dilations[0]), TILE[0])
@@ -134,7 +137,8 @@ def inside_axis(row_start, row_end, column):
 
 @triton.jit
 def inside_plane(row_start, row_end, begin, inner, ROW_TILE: tl.constexpr, COLUMN_TILE: tl.constexpr):
-    """Whether each column (member `begin + inner`) lies in each row's interval on the h and w axes: `[rows, columns]`."""
+    """Whether each column (member `begin + inner`) lies in each row's interval on the h and w axes: `[rows,
+    columns]`."""
     inside = inside_axis(row_start[2], row_end[2], begin[2] + inner[2])
     if ROW_TILE[1] * COLUMN_TILE[1] > 1:
         inside &= inside_axis(row_start[1], row_end[1], begin[1] + inner[1])
@@ -181,7 +185,8 @@ def tile_begin(step, begin, grid, TILE: tl.constexpr):
 
 @triton.jit
 def bias_position(member, KERNEL: tl.constexpr):
-    """A member's share of the index into the flattened relative positional bias: key's minus query's, plus `bias_center`."""
+    """A member's share of the index into the flattened relative positional bias: key's minus query's, plus
+    `bias_center`."""
     return (member[0] * (2 * KERNEL[1] - 1) + member[1]) * (2 * KERNEL[2] - 1) + member[2]
 
 
@@ -209,3 +214,11 @@ def store_rows(base, rows, mask, values, HEAD_DIM: tl.constexpr, BLOCK: tl.const
         tl.store(base + rows[:, None] + column[None, :], values, mask=mask[:, None])
     else:
         tl.store(base + rows[:, None] + column[None, :], values, mask=mask[:, None] & (column < HEAD_DIM)[None, :])
+
+
+@triton.jit
+def load_tile(descriptor, batch, begin, head, ROWS: tl.constexpr, HEAD_DIM: tl.constexpr):
+    """Loads a tile `[rows, head_dim]` that starts at member `begin` through the bulk copy engine, zero outside the
+    map."""
+    tile = descriptor.load([batch.to(tl.int32), begin[0], begin[1], begin[2], head * HEAD_DIM])
+    return tile.reshape(ROWS, HEAD_DIM)

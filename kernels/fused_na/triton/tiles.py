@@ -17,7 +17,98 @@ class Tiles(NamedTuple):
     key: Extent
     num_warps: int
     num_stages: int
-    rows: int = 0  # key rows along t that the kernel for small windows takes at once; 0 is the general kernel
+    bulk: bool = False  # load through the bulk copy engine where the machine and the layout allow it
+    by_row: bool = False  # whether forward goes by single rows along t: the kernel for small windows
+
+
+class Candidate(NamedTuple):
+    """A way to run a kernel: tokens of its own tile, tokens of the tiles it loops over, and how fast it works then."""
+
+    stationary: int
+    moving: int
+    num_warps: int
+    num_stages: int
+    bulk: bool
+    rate: float  # executed TFLOP/s of the score products on one H100
+    by_row: bool = False
+
+
+# By kernel and regime, measured on an H100 and used everywhere. Rates only matter against each other.
+CANDIDATES = {
+    # Windows of at most 512 tokens at head_dim up to 64: one warp a program, bound by instructions and latency.
+    ("forward", "small"): [Candidate(32, 32, 1, 3, True, 120), Candidate(16, 64, 1, 3, True, 80)],
+    ("forward", "small volume"): [Candidate(32, 64, 1, 2, True, 170, by_row=True)],
+    ("query", "small"): [Candidate(32, 32, 1, 3, True, 100)],
+    ("query", "small volume"): [Candidate(16, 32, 1, 2, True, 112), Candidate(32, 32, 1, 3, True, 110)],
+    ("key_value", "small"): [Candidate(32, 32, 1, 2, False, 75)],
+    ("key_value", "small volume"): [Candidate(32, 32, 1, 3, False, 98)],
+    ("bias", "small"): [Candidate(32, 32, 1, 1, False, 60)],
+    # The same where a dilation group is small enough to be one or few tiles.
+    ("forward", "small dilated"): [Candidate(64, 32, 1, 2, False, 70), Candidate(32, 32, 1, 2, False, 60)],
+    ("query", "small dilated"): [Candidate(64, 32, 1, 2, False, 54), Candidate(32, 32, 1, 2, False, 45)],
+    ("key_value", "small dilated"): [Candidate(64, 64, 2, 2, False, 53), Candidate(32, 32, 1, 2, False, 45)],
+    # Everything else in 16 bits: warpgroup products, bound by the pipeline of softmax and products.
+    ("forward", "wide"): [
+        Candidate(128, 128, 8, 3, True, 450),
+        Candidate(128, 64, 4, 2, True, 430),
+        Candidate(64, 64, 4, 3, True, 390),
+    ],
+    ("forward", "sequence"): [Candidate(64, 64, 4, 3, True, 400)],
+    ("query", "sequence"): [Candidate(64, 64, 4, 2, True, 300)],
+    ("key_value", "sequence"): [Candidate(64, 64, 4, 2, True, 160)],
+    ("bias", "sequence"): [Candidate(64, 64, 4, 1, False, 100)],
+    ("forward", "narrow"): [Candidate(64, 64, 4, 3, False, 300)],
+    ("query", "wide"): [Candidate(64, 64, 4, 2, True, 320)],
+    ("query", "narrow"): [Candidate(64, 64, 4, 2, True, 315)],
+    ("key_value", "wide"): [Candidate(64, 64, 4, 2, True, 165)],
+    ("key_value", "narrow"): [Candidate(64, 64, 4, 1, False, 147)],
+    ("bias", "wide"): [Candidate(64, 64, 4, 1, False, 100)],
+    ("bias", "narrow"): [Candidate(64, 64, 4, 1, False, 100)],
+    # head_dim over 128, and float32 without tf32, which has no matrix units to use.
+    ("forward", "widest"): [Candidate(64, 64, 8, 2, False, 1)],
+    ("query", "widest"): [Candidate(64, 32, 8, 2, False, 1)],
+    ("key_value", "widest"): [Candidate(32, 32, 4, 1, False, 1)],
+    ("bias", "widest"): [Candidate(32, 32, 4, 1, False, 1)],
+    **{
+        (kernel, "float32"): [Candidate(32, 32, 4, 1, False, 1)] for kernel in ("forward", "query", "key_value", "bias")
+    },
+    **{
+        (kernel, "widest float32"): [Candidate(16, 16, 4, 1, False, 1)]
+        for kernel in ("forward", "query", "key_value", "bias")
+    },
+}
+
+
+def regime(axes: tuple[Axis, ...], width: int, itemsize: int) -> str:
+    """What a problem is bound by, as far as tiles are concerned; a second key of `CANDIDATES`."""
+    if itemsize == 4:
+        return "float32" if width <= 128 else "widest float32"
+    if prod(axis.kernel_size for axis in axes) <= 512 and width <= 64:
+        if prod(axis.dilation for axis in axes) > 1:
+            return "small dilated"
+        return "small volume" if len(axes) == 3 else "small"
+    if width <= 64:
+        return "narrow"
+    if width > 128:
+        return "widest"
+    return "sequence" if len(axes) == 1 else "wide"
+
+
+def _plain(lengths: tuple[int, ...], kernel_size: tuple[int, ...]) -> tuple[Axis, ...]:
+    return tuple(map(Axis, lengths, kernel_size))
+
+
+# Where a search on an H100 found a choice more than 5 % better than the candidates give: 16-bit problems at head_dim
+# 32.
+TUNED = {
+    ("forward", _plain((28, 28), (7, 7))): Tiles((2, 1, 16), (8, 1, 4), 1, 3, True),
+    ("forward", _plain((7, 7), (7, 7))): Tiles((4, 1, 8), (4, 1, 8), 1, 2, True),
+    ("query", _plain((7, 7), (7, 7))): Tiles((8, 1, 8), (8, 1, 8), 4, 2, False),
+    ("query", _plain((16, 56, 56), (7, 7, 7))): Tiles((4, 2, 2), (1, 8, 4), 1, 2, True),
+    ("query", _plain((16, 28, 28), (7, 7, 7))): Tiles((4, 2, 2), (1, 8, 4), 1, 2, True),
+    ("query", _plain((16, 14, 14), (7, 7, 7))): Tiles((4, 2, 2), (1, 8, 4), 1, 2, True),
+    ("key_value", _plain((16, 14, 14), (7, 7, 7))): Tiles((16, 2, 2), (16, 1, 1), 1, 2, False),
+}
 
 
 def as_three_axes(axes: tuple[Axis, ...]) -> tuple[Axis, Axis, Axis]:
@@ -34,8 +125,8 @@ def as_three_axes(axes: tuple[Axis, ...]) -> tuple[Axis, Axis, Axis]:
 def steps_on_axis(axis: Axis, stationary: int, moving: int, over_keys: bool) -> int:
     """Pairs of tiles on one axis that a kernel works through, over all dilation groups.
 
-    With `over_keys` tiles of `stationary` queries meet the `moving` keys of their windows, else tiles of keys the queries
-    of their inverse windows. The pairs of a whole problem are the product over its axes.
+    With `over_keys` tiles of `stationary` queries meet the `moving` keys of their windows, else tiles of keys the
+    queries of their inverse windows. The pairs of a whole problem are the product over its axes.
     """
     interval = window if over_keys else inverse_window
     steps = 0
@@ -48,9 +139,8 @@ def steps_on_axis(axis: Axis, stationary: int, moving: int, over_keys: bool) -> 
 
 
 def extents(rows: int, axes: tuple[Axis, Axis, Axis]) -> Iterator[Extent]:
-    """Tiles of `rows` tokens that do not reach beyond the map where they need not."""
+    """Tiles of `rows` tokens that do not reach beyond the map where they need not; what is too much goes along w."""
     limits = [1 << (group_members(axis, 0) - 1).bit_length() for axis in axes]
-    rows = rows if rows <= prod(limits) else rows  # a small map is padded along w
     for t in (1 << i for i in range(rows.bit_length())):
         for h in (1 << i for i in range((rows // t).bit_length())):
             w = rows // t // h
@@ -64,19 +154,9 @@ def executed_scores(axes: tuple[Axis, Axis, Axis], stationary: Extent, moving: E
     return steps * prod(stationary) * prod(moving)
 
 
-def best_extents(
-    axes: tuple[Axis, Axis, Axis], stationary_rows: int, moving_rows: int, over_keys: bool
-) -> tuple[Extent, Extent]:
-    """The tiles of given sizes that execute the fewest scores; of equals, those with the longest runs along w."""
-    return min(
-        ((s, m) for s in extents(stationary_rows, axes) for m in extents(moving_rows, axes)),
-        key=lambda pair: (executed_scores(axes, *pair, over_keys), -pair[1][2], -pair[0][2]),
-    )
-
-
 @lru_cache(maxsize=1024)
 def choose_tiles(kernel: str, axes: tuple[Axis, ...], head_dim: int, head_dim_v: int, itemsize: int) -> Tiles:
-    """Tiles for one kernel of a problem.
+    """The candidate and the tile shapes that execute a problem's scores in the least time.
 
     Args:
         kernel: "forward", "query", "key_value" or "bias".
@@ -85,19 +165,18 @@ def choose_tiles(kernel: str, axes: tuple[Axis, ...], head_dim: int, head_dim_v:
         head_dim_v: of value.
         itemsize: bytes of an element, 2 or 4.
     """
+    if itemsize == 2 and head_dim == head_dim_v == 32 and (kernel, axes) in TUNED:
+        return TUNED[kernel, axes]
     three = as_three_axes(axes)
-    width = max(head_dim, head_dim_v)
-    is_small = prod(axis.kernel_size for axis in axes) <= 512 and width <= 64 and itemsize == 2
-    if is_small:
-        stationary, moving, num_warps = 32, 32, 1
-    elif itemsize == 4:
-        stationary, moving, num_warps = 32, 32, 4
-    elif kernel == "forward":
-        stationary, moving, num_warps = (128, 64, 8) if width > 64 else (128, 64, 4)
-    else:
-        stationary, moving, num_warps = (64, 64, 4) if width <= 128 else (64, 32, 4)
-    if itemsize == 4 and width > 128:
-        stationary, moving = 16, 16
+    which = regime(axes, max(head_dim, head_dim_v), itemsize)
+    candidates = CANDIDATES.get((kernel, which)) or CANDIDATES[kernel, "small"]
     over_keys = kernel != "key_value"
-    s, m = best_extents(three, stationary, moving, over_keys)
-    return Tiles(s if over_keys else m, m if over_keys else s, num_warps, 2)
+    _, _, _, stationary, moving, best = min(
+        (executed_scores(three, s, m, over_keys) / candidate.rate, -m[2], -s[2], s, m, candidate)
+        for candidate in candidates
+        for s in extents(candidate.stationary, three)
+        for m in extents(candidate.moving, three)
+        if m[0] == 1 or not candidate.by_row
+    )
+    query, key = (stationary, moving) if over_keys else (moving, stationary)
+    return Tiles(query, key, best.num_warps, best.num_stages, best.bulk, best.by_row)
