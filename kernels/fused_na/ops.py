@@ -8,8 +8,9 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.utils.flop_counter import register_flop_formula
 
-from fused_na.window import Axis
+from fused_na.window import Axis, group_members, window
 
 
 def _axes(
@@ -106,6 +107,37 @@ def _autograd(ctx: Any, grad_output: Tensor | None, grad_lse: Tensor | None) -> 
 
 
 forward.register_autograd(_autograd, setup_context=_setup_context)
+
+
+def _score_count(query_shape: Sequence[int], additional: Sequence[int] | None, *rule: Sequence) -> int:
+    """Query-key pairs that the result depends on, over batch and heads."""
+    batch, *spatial, heads, _ = query_shape
+    pairs, tokens = 1, 1
+    for axis in map(Axis, spatial, *rule):
+        windows = (window(axis, x // axis.dilation, group_members(axis, x % axis.dilation)) for x in range(axis.length))
+        pairs *= sum(end - start for start, end in windows)
+        tokens *= axis.length
+    return batch * heads * (pairs + tokens * (0 if additional is None else additional[1]))
+
+
+@register_flop_formula(torch.ops.fused_na.forward)
+def _(
+    query, key, value, rpb, additional_keys, additional_values, kernel_size, stride, dilation, is_causal, scale,
+    out_shape=None, **_,
+) -> int:  # fmt: skip
+    """Two products over the pairs of the neighborhood, however many a kernel executes."""
+    scores = _score_count(query, additional_keys, kernel_size, stride, dilation, is_causal)
+    return 2 * scores * (query[-1] + value[-1])
+
+
+@register_flop_formula(torch.ops.fused_na.backward)
+def _(
+    grad_output, grad_lse, query, key, value, rpb, additional_keys, additional_values, output, lse,
+    kernel_size, stride, dilation, is_causal, scale, needs_rpb, out_shape=None, **_,
+) -> int:  # fmt: skip
+    """Five products: the scores again and the gradients of query, key, value and probabilities."""
+    scores = _score_count(query, additional_keys, kernel_size, stride, dilation, is_causal)
+    return 2 * scores * (3 * query[-1] + 2 * value[-1])
 
 
 def attend(

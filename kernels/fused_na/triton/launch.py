@@ -1,5 +1,6 @@
 """Launches the kernels on checked arguments."""
 
+from collections.abc import Callable
 from math import ceil, prod
 
 import torch
@@ -7,10 +8,11 @@ import triton
 from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
+from fused_na.triton import autotune
 from fused_na.triton.backward import additional_kernel, bias_fold_kernel, bias_kernel, key_value_kernel, query_kernel
 from fused_na.triton.forward import forward_kernel
 from fused_na.triton.forward_small import forward_small_kernel
-from fused_na.triton.tiles import Tiles, as_three_axes, choose_tiles
+from fused_na.triton.tiles import Extent, Tiles, as_three_axes, choose_tiles
 from fused_na.window import Axis
 
 PARTIAL_BYTES = 64 << 20  # memory that the partial sums of the bias gradient may take
@@ -25,6 +27,10 @@ def _spatial_strides(x: Tensor) -> tuple[int, ...]:
 
 def _rows_contiguous(x: Tensor) -> Tensor:
     return x if x.stride(-1) == 1 else x.contiguous()
+
+
+def _has_bulk_copies(device: torch.device) -> bool:
+    return device.type == "cuda" and torch.cuda.get_device_capability(device)[0] >= 9
 
 
 class _Launch:
@@ -61,8 +67,47 @@ class _Launch:
             "PRECISION": precision,
         }
 
-    def tiles(self, kernel: str) -> Tiles:
-        return choose_tiles(kernel, self.axes, self.head_dim, self.head_dim_v, self.itemsize)
+    def run(self, kernel: str, rpb: Tensor | None, run: Callable[[Tiles], None]) -> None:
+        """Calls `run` with the tiles for a kernel."""
+        problem = (kernel, self.axes, self.head_dim, self.head_dim_v, self.itemsize)
+        run(
+            autotune.measured_tiles(*problem, rpb is not None, run) if autotune.is_enabled() else choose_tiles(*problem)
+        )
+
+    def tiling(self, tiles: Tiles, extent: Extent, loaded: dict[str, Tensor]) -> dict:
+        """Arguments that depend on the tiles. `loaded` are the tensors that a kernel loads in tiles of `extent`; they
+        become descriptors for the bulk copy engine where that was chosen and the machine and the layouts allow it.
+        """
+        arguments: dict = {
+            "QUERY_TILE": tiles.query,
+            "KEY_TILE": tiles.key,
+            "STAGES": tiles.num_stages,
+            "num_warps": tiles.num_warps,
+            "num_stages": tiles.num_stages,
+            "TMA": False,
+        }
+        if not tiles.bulk or self.groups > 1 or not all(map(self.can_copy_in_bulk, loaded.values())):
+            return arguments
+        for name, x in loaded.items():
+            batch, t, h, w, _ = _spatial_strides(x)
+            shape = [self.batch, *self.lengths.values(), x.shape[-2] * x.shape[-1]]
+            # Axes of length 1 need a legal stride all the same.
+            strides = [batch, t or w, h or w, w, 1]
+            arguments[name] = TensorDescriptor(x, shape, strides, [1, *extent, x.shape[-1]])
+        return arguments | {"TMA": True}
+
+    def can_copy_in_bulk(self, x: Tensor) -> bool:
+        """Whether tiles of a tensor can be loaded by Hopper's bulk copy engine: heads side by side, 16-byte steps."""
+        *strides, heads = _spatial_strides(x)
+        return (
+            _has_bulk_copies(x.device)
+            and x.shape[-1] in (16, 32, 64, 128, 256)
+            and heads == x.shape[-1]
+            and x.data_ptr() % 16 == 0
+            and all(stride * x.element_size() % 16 == 0 and stride >= 0 for stride in strides)
+            and strides[0] > 0
+            and strides[3] > 0
+        )
 
     def has_interior(self, tiles: Tiles) -> bool:
         """Whether a pair of tiles can lie wholly inside the neighborhood, so that looking for one pays."""
@@ -109,7 +154,6 @@ def forward(
     if output.numel() == 0:
         return output, lse
     launch = _Launch(axes, query, key, value)
-    tiles = launch.tiles("forward")
     tensors = {
         "query": query,
         "key": key,
@@ -127,49 +171,23 @@ def forward(
         **launch.lengths,
         **launch.rule,
         **launch.common,
-        "QUERY_TILE": tiles.query,
-        "KEY_TILE": tiles.key,
-        "STAGES": tiles.num_stages,
-        "num_warps": tiles.num_warps,
-        "num_stages": tiles.num_stages,
     }
-    grid = (launch.count(tiles.query) * launch.heads * launch.batch,)
-    descriptors = _descriptors(launch, tiles, tiles.key, {"key": key, "value": value})
-    tensors |= descriptors | {"TMA": bool(descriptors)}
-    if tiles.by_row and additional_keys is None:
-        forward_small_kernel[grid](**tensors)
-    else:
-        forward_kernel[grid](
-            **tensors,
-            **_additional(additional_keys, additional_values),
-            additional=0 if additional_keys is None else additional_keys.shape[1],
-            INTERIOR=launch.has_interior(tiles),
-        )
+
+    def run(tiles: Tiles) -> None:
+        grid = (launch.count(tiles.query) * launch.heads * launch.batch,)
+        arguments = tensors | launch.tiling(tiles, tiles.key, {"key": key, "value": value})
+        if tiles.by_row and additional_keys is None:
+            forward_small_kernel[grid](**arguments)
+        else:
+            forward_kernel[grid](
+                **arguments,
+                **_additional(additional_keys, additional_values),
+                additional=0 if additional_keys is None else additional_keys.shape[1],
+                INTERIOR=launch.has_interior(tiles),
+            )
+
+    launch.run("forward", rpb, run)
     return output, lse
-
-
-def _has_bulk_copies(device: torch.device) -> bool:
-    return device.type == "cuda" and torch.cuda.get_device_capability(device)[0] >= 9
-
-
-def _descriptors(
-    launch: _Launch, tiles: Tiles, extent: tuple[int, int, int], tensors: dict[str, Tensor]
-) -> dict[str, TensorDescriptor]:
-    """Tensors as tiles for the bulk copy engine, where that was chosen and the machine and layouts allow it; else
-    nothing."""
-    if not tiles.bulk or launch.groups > 1 or not _has_bulk_copies(next(iter(tensors.values())).device):
-        return {}
-    described = {}
-    for name, x in tensors.items():
-        batch, t, h, w, heads = _spatial_strides(x)
-        width = x.shape[-1]
-        strides = [batch, t or w, h or w, w]
-        is_aligned = x.data_ptr() % 16 == 0 and all(stride * x.element_size() % 16 == 0 for stride in strides)
-        if width not in (16, 32, 64, 128, 256) or heads != width or not is_aligned or min(strides) <= 0:
-            return {}
-        shape = [x.shape[0], *launch.lengths.values(), x.shape[-2] * width]
-        described[name] = TensorDescriptor(x, shape, [*strides, 1], [1, *extent, width])
-    return described
 
 
 def backward(
@@ -224,37 +242,28 @@ def backward(
         **launch.rule,
         **launch.common,
     }
-    tiles = launch.tiles("query")
-    descriptors = _descriptors(launch, tiles, tiles.key, {"key": key, "value": value})
-    query_kernel[(launch.count(tiles.query) * launch.heads * launch.batch,)](
-        **(tensors | descriptors),
-        TMA=bool(descriptors),
-        INTERIOR=launch.has_interior(tiles),
-        **_additional(additional_keys, additional_values),
-        additional=additional,
-        output=output,
-        grad_lse=grad_lse,
-        grad_query=grad_query,
-        QUERY_TILE=tiles.query,
-        KEY_TILE=tiles.key,
-        STAGES=tiles.num_stages,
-        num_warps=tiles.num_warps,
-        num_stages=tiles.num_stages,
-    )
-    tiles = launch.tiles("key_value")
-    descriptors = _descriptors(launch, tiles, tiles.query, {"query": query, "grad_output": grad_output})
-    key_value_kernel[(launch.count(tiles.key) * launch.heads_kv * launch.batch,)](
-        **(tensors | descriptors),
-        TMA=bool(descriptors),
-        INTERIOR=launch.has_interior(tiles),
-        grad_key=grad_key,
-        grad_value=grad_value,
-        QUERY_TILE=tiles.query,
-        KEY_TILE=tiles.key,
-        STAGES=tiles.num_stages,
-        num_warps=tiles.num_warps,
-        num_stages=tiles.num_stages,
-    )
+
+    def run_query(tiles: Tiles) -> None:
+        query_kernel[(launch.count(tiles.query) * launch.heads * launch.batch,)](
+            **(tensors | launch.tiling(tiles, tiles.key, {"key": key, "value": value})),
+            **_additional(additional_keys, additional_values),
+            additional=additional,
+            output=output,
+            grad_lse=grad_lse,
+            grad_query=grad_query,
+            INTERIOR=launch.has_interior(tiles),
+        )
+
+    def run_key_value(tiles: Tiles) -> None:
+        key_value_kernel[(launch.count(tiles.key) * launch.heads_kv * launch.batch,)](
+            **(tensors | launch.tiling(tiles, tiles.query, {"query": query, "grad_output": grad_output})),
+            grad_key=grad_key,
+            grad_value=grad_value,
+            INTERIOR=launch.has_interior(tiles),
+        )
+
+    launch.run("query", rpb, run_query)  # first: it writes delta, which the others read
+    launch.run("key_value", rpb, run_key_value)
     if grad_rpb is not None:
         _bias_gradient(launch, tensors, grad_rpb)
     grad_keys, grad_values = None, None
@@ -264,36 +273,29 @@ def backward(
 
 
 def _bias_gradient(launch: _Launch, tensors: dict, grad_rpb: Tensor) -> None:
-    tiles = launch.tiles("bias")
     kernel_size = launch.rule["KERNEL"]
-    offsets = tuple(ceil((q + 2 * k - 2) / c) for q, k, c in zip(tiles.query, kernel_size, tiles.key, strict=True))
-    items = launch.count(tiles.query) * launch.batch
-    block = prod(offsets) * launch.heads * prod(tiles.query) * prod(tiles.key)
-    # Enough programs to fill any GPU a few times over, within the memory that partial sums may take.
-    splits = min(items, max(1, ceil(8192 / (prod(offsets) * launch.heads))), max(1, PARTIAL_BYTES // (4 * block)))
-    partial = torch.empty((splits, block), dtype=torch.float32, device=grad_rpb.device)
-    bias_kernel[(prod(offsets) * launch.heads * splits,)](
-        **tensors,
-        partial=partial,
-        items=items,
-        items_per_split=ceil(items / splits),
-        QUERY_TILE=tiles.query,
-        KEY_TILE=tiles.key,
-        OFFSETS=offsets,
-        num_warps=tiles.num_warps,
-        num_stages=tiles.num_stages,
-    )
-    bias_fold_kernel[(grad_rpb.numel(),)](
-        partial,
-        grad_rpb,
-        launch.heads,
-        splits,
-        KERNEL=kernel_size,
-        QUERY_TILE=tiles.query,
-        KEY_TILE=tiles.key,
-        OFFSETS=offsets,
-        num_warps=1,
-    )
+
+    def run(tiles: Tiles) -> None:
+        offsets = tuple(ceil((q + 2 * k - 2) / c) for q, k, c in zip(tiles.query, kernel_size, tiles.key, strict=True))
+        items = launch.count(tiles.query) * launch.batch
+        block = prod(offsets) * launch.heads * prod(tiles.query) * prod(tiles.key)
+        # Enough programs to fill any GPU a few times over, within the memory that partial sums may take.
+        splits = min(items, max(1, ceil(8192 / (prod(offsets) * launch.heads))), max(1, PARTIAL_BYTES // (4 * block)))
+        partial = torch.empty((splits, block), dtype=torch.float32, device=grad_rpb.device)
+        extents = {"QUERY_TILE": tiles.query, "KEY_TILE": tiles.key, "OFFSETS": offsets}
+        bias_kernel[(prod(offsets) * launch.heads * splits,)](
+            **tensors,
+            **extents,
+            partial=partial,
+            items=items,
+            items_per_split=ceil(items / splits),
+            num_warps=tiles.num_warps,
+        )
+        bias_fold_kernel[(grad_rpb.numel(),)](
+            partial, grad_rpb, launch.heads, splits, KERNEL=kernel_size, **extents, num_warps=1
+        )
+
+    launch.run("bias", grad_rpb, run)
 
 
 def _additional_gradients(launch: _Launch, tensors: dict, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:

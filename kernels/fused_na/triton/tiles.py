@@ -154,9 +154,10 @@ def executed_scores(axes: tuple[Axis, Axis, Axis], stationary: Extent, moving: E
     return steps * prod(stationary) * prod(moving)
 
 
-@lru_cache(maxsize=1024)
-def choose_tiles(kernel: str, axes: tuple[Axis, ...], head_dim: int, head_dim_v: int, itemsize: int) -> Tiles:
-    """The candidate and the tile shapes that execute a problem's scores in the least time.
+def ranked_tiles(
+    kernel: str, axes: tuple[Axis, ...], head_dim: int, head_dim_v: int, itemsize: int
+) -> list[tuple[float, Tiles]]:
+    """All choices for one kernel of a problem with their estimated times (in no particular unit), best first.
 
     Args:
         kernel: "forward", "query", "key_value" or "bias".
@@ -165,18 +166,27 @@ def choose_tiles(kernel: str, axes: tuple[Axis, ...], head_dim: int, head_dim_v:
         head_dim_v: of value.
         itemsize: bytes of an element, 2 or 4.
     """
-    if itemsize == 2 and head_dim == head_dim_v == 32 and (kernel, axes) in TUNED:
-        return TUNED[kernel, axes]
     three = as_three_axes(axes)
     which = regime(axes, max(head_dim, head_dim_v), itemsize)
     candidates = CANDIDATES.get((kernel, which)) or CANDIDATES[kernel, "small"]
     over_keys = kernel != "key_value"
-    _, _, _, stationary, moving, best = min(
+    ranked = sorted(
         (executed_scores(three, s, m, over_keys) / candidate.rate, -m[2], -s[2], s, m, candidate)
         for candidate in candidates
         for s in extents(candidate.stationary, three)
         for m in extents(candidate.moving, three)
         if m[0] == 1 or not candidate.by_row
     )
-    query, key = (stationary, moving) if over_keys else (moving, stationary)
-    return Tiles(query, key, best.num_warps, best.num_stages, best.bulk, best.by_row)
+    choices = []
+    for cost, _, _, stationary, moving, c in ranked:
+        query, key = (stationary, moving) if over_keys else (moving, stationary)
+        choices.append((cost, Tiles(query, key, c.num_warps, c.num_stages, c.bulk, c.by_row)))
+    return choices
+
+
+@lru_cache(maxsize=1024)
+def choose_tiles(kernel: str, axes: tuple[Axis, ...], head_dim: int, head_dim_v: int, itemsize: int) -> Tiles:
+    """The tuned choice where there is one, else the first of `ranked_tiles`, with its arguments."""
+    if itemsize == 2 and head_dim == head_dim_v == 32 and (kernel, axes) in TUNED:
+        return TUNED[kernel, axes]
+    return ranked_tiles(kernel, axes, head_dim, head_dim_v, itemsize)[0][1]

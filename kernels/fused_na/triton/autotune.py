@@ -1,0 +1,72 @@
+"""Tiles by measurement, for problems and GPUs that the shipped choice does not know: `FUSED_NA_AUTOTUNE=1`.
+
+Every plausible choice is compiled and timed once for each kernel of a new problem, which takes seconds; what was found
+is kept in `FUSED_NA_CACHE` (default `~/.cache/fused_na`), one JSON file for each GPU model and Triton version.
+"""
+
+import json
+import os
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+import triton
+import triton.testing
+
+from fused_na.triton.tiles import Tiles, choose_tiles, ranked_tiles
+from fused_na.window import Axis
+
+# Choices whose estimate exceeds the best one's by more than this are not measured, nor more than MEASURED of them.
+SLACK = 1.15
+MEASURED = 8
+
+
+def is_enabled() -> bool:
+    """Whether the environment asks for measured tiles."""
+    return os.environ.get("FUSED_NA_AUTOTUNE") == "1"
+
+
+def measured_tiles(
+    kernel: str,
+    axes: tuple[Axis, ...],
+    head_dim: int,
+    head_dim_v: int,
+    itemsize: int,
+    has_rpb: bool,
+    run: Callable[[Tiles], None],
+) -> Tiles:
+    """The fastest choice for a kernel, from the cache on disk or by timing `run` with each.
+
+    Args:
+        kernel, axes, head_dim, head_dim_v, itemsize: as for `choose_tiles`.
+        has_rpb: whether the call has a relative positional bias.
+        run: launches the kernel with the given tiles.
+    """
+    path = _cache_file()
+    found = json.loads(path.read_text()) if path.exists() else {}
+    key = repr((kernel, tuple(map(tuple, axes)), head_dim, head_dim_v, itemsize, has_rpb))
+    if key not in found:
+        found[key] = _measure(kernel, axes, head_dim, head_dim_v, itemsize, run)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        unfinished = path.with_suffix(f".{os.getpid()}")
+        unfinished.write_text(json.dumps(found, indent=1))
+        unfinished.replace(path)  # several processes may tune at once; the last one to finish wins
+    query, keys, *rest = found[key]
+    return Tiles(tuple(query), tuple(keys), *rest)
+
+
+def _cache_file() -> Path:
+    folder = Path(os.environ.get("FUSED_NA_CACHE", Path.home() / ".cache" / "fused_na"))
+    name = torch.cuda.get_device_name().replace(" ", "-")
+    return folder / f"{name}-triton{triton.__version__}.json"
+
+
+def _measure(
+    kernel: str, axes: tuple[Axis, ...], head_dim: int, head_dim_v: int, itemsize: int, run: Callable[[Tiles], None]
+) -> Tiles:
+    ranked = ranked_tiles(kernel, axes, head_dim, head_dim_v, itemsize)
+    choices = [tiles for cost, tiles in ranked if cost <= SLACK * ranked[0][0]][:MEASURED]
+    shipped = choose_tiles(kernel, axes, head_dim, head_dim_v, itemsize)
+    choices = choices if shipped in choices else [shipped, *choices]
+    times = [triton.testing.do_bench(lambda tiles=tiles: run(tiles), return_mode="median") for tiles in choices]
+    return choices[times.index(min(times))]
