@@ -1,3 +1,5 @@
 """A vision model zoo of Neighborhood Attention Transformers for images and video, registered with timm on import."""
 
+from nat_models import dinat_s as dinat_s
 from nat_models import nat as nat
+from nat_models import nat_isotropic as nat_isotropic

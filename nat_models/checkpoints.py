@@ -18,7 +18,8 @@ from urllib.parse import urlparse
 
 import torch
 from safetensors import SafetensorError
-from timm.models import build_model_with_cfg, get_model_traits, resolve_pretrained_cfg
+from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
+from timm.models import build_model_with_cfg, resolve_pretrained_cfg
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -43,6 +44,41 @@ _HUGGING_FACE = (
     (r"^classifier\.", "head."),
 )
 _UNREADABLE = (OSError, EOFError, RuntimeError, AttributeError, pickle.UnpicklingError, SafetensorError)
+
+
+def nat_cfg(file: str, **kwargs: Any) -> dict[str, Any]:
+    """timm's description of weights published with the NAT paper.
+
+    Args:
+        file: the weights, below their folder on the project's page.
+        kwargs: fields of timm's `PretrainedCfg`; the others are of a hierarchical model on ImageNet-1k at 224.
+    """
+    paper = dict(paper_name="Neighborhood Attention Transformer", paper_ids="arXiv:2204.07143")
+    return _cfg(f"nat/checkpoints/CLS/{file}", **paper, **kwargs)
+
+
+def dinat_cfg(file: str, **kwargs: Any) -> dict[str, Any]:
+    """`nat_cfg` for the DiNAT paper."""
+    paper = dict(paper_name="Dilated Neighborhood Attention Transformer", paper_ids="arXiv:2209.15001")
+    return _cfg(f"dinat/checkpoints/{file}", **paper, **kwargs)
+
+
+def _cfg(path: str, **kwargs: Any) -> dict[str, Any]:
+    return {
+        "url": f"https://shi-labs.com/projects/{path}",
+        "num_classes": 1000,
+        "input_size": (3, 224, 224),
+        "pool_size": (7, 7),
+        "crop_pct": 0.875,
+        "interpolation": "bicubic",
+        "mean": IMAGENET_DEFAULT_MEAN,
+        "std": IMAGENET_DEFAULT_STD,
+        "first_conv": "patch_embed.proj.0",
+        "classifier": "head",
+        "license": "mit",
+        "origin_url": "https://github.com/SHI-Labs/Neighborhood-Attention-Transformer",
+        **kwargs,
+    }
 
 
 def build_model(model_cls: Callable[..., nn.Module], variant: str, pretrained: bool, **kwargs: Any) -> nn.Module:
@@ -72,12 +108,14 @@ def checkpoint_filter_fn(state_dict: dict[str, Any], model: nn.Module) -> dict[s
     """The weights of `state_dict` under the names and in the shapes of `model`; the filter that timm calls.
 
     What the checkpoint is for, its number of classes and of input channels, is entered into `model.pretrained_cfg`, so
-    that timm re-initialises the head or adapts the first convolution exactly where the model's differ.
+    that timm re-initialises the head or adapts the first convolution exactly where the model's differ. What became of
+    the weights is left in `model.load_report`.
 
     Raises:
         ValueError: the weights do not fit; the message names the keys.
     """
-    return adapt_state_dict(state_dict, model)[0]
+    weights, model.load_report = adapt_state_dict(state_dict, model)  # type: ignore[assignment]
+    return weights
 
 
 @dataclass
@@ -102,7 +140,7 @@ def adapt_state_dict(state_dict: Mapping[str, Any], model: nn.Module) -> tuple[d
     weights = {key: value for key, value in weights.items() if key not in report.ignored}
     expected = model.state_dict()
 
-    head, first_conv = cfg["classifier"], get_model_traits(model)["first_conv"]
+    head, first_conv = cfg["classifier"], cfg["first_conv"]
     if f"{head}.weight" in weights:
         cfg["num_classes"] = len(weights[f"{head}.weight"])
     if f"{first_conv}.weight" in weights:

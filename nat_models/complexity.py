@@ -22,8 +22,9 @@ def multiply_adds(model: nn.Module, input_size: Sequence[int]) -> int:
         nonlocal total
         if isinstance(module, NeighborhoodAttention):
             batch, *spatial, dim = output.shape
-            attended = map(max, spatial, (k * d for k, d in zip(module.kernel_size, module.dilation, strict=True)))
-            total += 2 * batch * math.prod(attended) * math.prod(module.kernel_size) * dim
+            kernel_size, _ = module.neighborhood(spatial)
+            padded = (max(n, k * d) for n, k, d in zip(spatial, kernel_size, module.dilation, strict=True))
+            total += 2 * batch * math.prod(padded) * math.prod(kernel_size) * dim
         else:
             total += output.numel() * module.weight[0].numel()  # type: ignore[index]
 

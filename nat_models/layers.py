@@ -93,16 +93,21 @@ class NeighborhoodAttention(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """`[B, *spatial, dim]` -> `[B, *spatial, dim]`."""
         spatial = x.shape[1:-1]
-        padding = [max(k * d - n, 0) for k, d, n in zip(self.kernel_size, self.dilation, spatial, strict=True)]
+        kernel_size, rpb = self.neighborhood(spatial)
+        padding = [max(k * d - n, 0) for k, d, n in zip(kernel_size, self.dilation, spatial, strict=True)]
         if any(padding):
             x = F.pad(x, [0, 0, *chain.from_iterable((0, after) for after in reversed(padding))])
         query, key, value = self.qkv(x).unflatten(-1, (3, self.num_heads, -1)).unbind(-3)
         x = neighborhood_attention(  # type: ignore[assignment]  # a tuple only with return_lse
-            query, key, value, self.kernel_size, self.stride, self.dilation, self.is_causal, self.qk_scale, self.rpb
+            query, key, value, kernel_size, self.stride, self.dilation, self.is_causal, self.qk_scale, rpb
         )
         if any(padding):
             x = x[(slice(None), *(slice(n) for n in spatial))]
         return self.proj_drop(self.proj(x.flatten(-2)))
+
+    def neighborhood(self, spatial: Sequence[int]) -> tuple[tuple[int, ...], Tensor | None]:
+        """Kernel size and biases for a map of this size."""
+        return self.kernel_size, self.rpb
 
     def extra_repr(self) -> str:
         return (
@@ -111,7 +116,7 @@ class NeighborhoodAttention(nn.Module):
         )
 
 
-@register_notrace_module  # padding depends on the map's size: a leaf for timm's FX feature extraction
+@register_notrace_module  # a leaf for timm's FX feature extraction, as its padding depends on the size of the map
 class NeighborhoodAttention1D(NeighborhoodAttention):
     """`NeighborhoodAttention` on sequences `[B, L, dim]`."""
 
@@ -223,6 +228,7 @@ class ConvDownsampler(nn.Module):
         return self.norm(self.reduction(x.movedim(-1, 1)).movedim(1, -1))
 
 
+@register_notrace_module
 class PatchEmbed(nn.Module):
     """Tokens from patches that do not overlap; the input is zero-padded at the end of an axis to whole patches.
 

@@ -5,17 +5,16 @@ Dilated Neighborhood Attention Transformer, https://arxiv.org/abs/2209.15001
 Original code and weights: https://github.com/SHI-Labs/Neighborhood-Attention-Transformer (MIT license)
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from itertools import cycle, islice
 from typing import Any, ClassVar
 
-from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from timm.layers import calculate_drop_path_rates
 from timm.models import generate_default_cfgs, register_model
 from torch import Tensor, nn
 
 from nat_models.backbone import Backbone
-from nat_models.checkpoints import build_model
+from nat_models.checkpoints import build_model, dinat_cfg, nat_cfg
 from nat_models.layers import Block, ConvDownsampler, ConvTokenizer, NeighborhoodAttention2D
 
 __all__ = ["NAT"]  # register_model adds the entry points
@@ -70,8 +69,8 @@ class NAT(Backbone):
 
     stages_name = "levels"
     stage_pattern = [(r"\.blocks\.(\d+)", None), (r"\.downsample", (99999,))]
-    embed_layer: ClassVar[Callable[[int, int], nn.Module]] = ConvTokenizer
-    downsample_layer: ClassVar[Callable[[int], nn.Module]] = ConvDownsampler
+    embed_layer: ClassVar[type[nn.Module]] = ConvTokenizer
+    downsample_layer: ClassVar[type[nn.Module]] = ConvDownsampler
 
     def __init__(
         self,
@@ -101,7 +100,7 @@ class NAT(Backbone):
         self.in_chans = in_chans
         self.embed_dim = embed_dim
 
-        self.patch_embed = type(self).embed_layer(in_chans, embed_dim)
+        self.patch_embed = self.embed_layer(in_chans, embed_dim)
         levels, self.feature_info = [], []
         for i, depth in enumerate(depths):
             dim = embed_dim * 2**i
@@ -126,7 +125,7 @@ class NAT(Backbone):
                 )
                 for dilation, drop_path in zip(islice(cycle(turns), depth), drop_path_rates[i], strict=True)
             ]
-            levels.append(Level(blocks, type(self).downsample_layer(dim) if i < num_stages - 1 else None))
+            levels.append(Level(blocks, self.downsample_layer(dim) if i < num_stages - 1 else None))
             self.feature_info.append(dict(num_chs=dim, reduction=4 * 2**i, module=f"{self.stages_name}.{i}"))
         self.add_module(self.stages_name, nn.Sequential(*levels))
         self.init_head(dim, num_classes, global_pool, drop_rate)
@@ -145,69 +144,30 @@ def _create_nat(variant: str, pretrained: bool = False, **kwargs: Any) -> nn.Mod
     return build_model(NAT, variant, pretrained, feature_cfg=feature_cfg, **kwargs)
 
 
-_WEIGHTS = "https://shi-labs.com/projects"
-
-
-def _cfg(url: str = "", **kwargs: Any) -> dict[str, Any]:
-    return {
-        "url": url,
-        "num_classes": 1000,
-        "input_size": (3, 224, 224),
-        "pool_size": (7, 7),
-        "crop_pct": 0.875,
-        "interpolation": "bicubic",
-        "mean": IMAGENET_DEFAULT_MEAN,
-        "std": IMAGENET_DEFAULT_STD,
-        "first_conv": "patch_embed.proj.0",
-        "classifier": "head",
-        "license": "mit",
-        "origin_url": "https://github.com/SHI-Labs/Neighborhood-Attention-Transformer",
-        **kwargs,
-    }
-
-
-def _nat_cfg(file: str, **kwargs: Any) -> dict[str, Any]:
-    return _cfg(
-        f"{_WEIGHTS}/nat/checkpoints/CLS/{file}",
-        paper_name="Neighborhood Attention Transformer",
-        paper_ids="arXiv:2204.07143",
-        **kwargs,
-    )
-
-
-def _dinat_cfg(file: str, **kwargs: Any) -> dict[str, Any]:
-    return _cfg(
-        f"{_WEIGHTS}/dinat/checkpoints/{file}",
-        paper_name="Dilated Neighborhood Attention Transformer",
-        paper_ids="arXiv:2209.15001",
-        **kwargs,
-    )
-
-
 _384: dict[str, Any] = dict(input_size=(3, 384, 384), pool_size=(12, 12), crop_pct=1.0)
 
 default_cfgs = generate_default_cfgs(
     {
-        "nat_mini.in1k": _nat_cfg("nat_mini.pth"),
-        "nat_tiny.in1k": _nat_cfg("nat_tiny.pth"),
-        "nat_small.in1k": _nat_cfg("nat_small.pth"),
-        "nat_base.in1k": _nat_cfg("nat_base.pth"),
-        "dinat_mini.in1k": _dinat_cfg("imagenet1k/dinat_mini_in1k_224.pth"),
-        "dinat_tiny.in1k": _dinat_cfg("imagenet1k/dinat_tiny_in1k_224.pth"),
-        "dinat_small.in1k": _dinat_cfg("imagenet1k/dinat_small_in1k_224.pth"),
-        "dinat_base.in1k": _dinat_cfg("imagenet1k/dinat_base_in1k_224.pth"),
-        "dinat_large.in22k_ft_in1k": _dinat_cfg("imagenet1k/dinat_large_in22k_in1k_224.pth"),
-        "dinat_large_384.in22k_ft_in1k": _dinat_cfg("imagenet1k/dinat_large_in22k_in1k_384.pth", **_384),
-        "dinat_large_384_11x11.in22k_ft_in1k": _dinat_cfg("imagenet1k/dinat_large_in22k_in1k_384_11x11.pth", **_384),
-        "dinat_large_21k.in22k": _dinat_cfg("imagenet22k/dinat_large_in22k_224.pth", num_classes=21841),
-        "dinat_large_21k_11x11.in22k": _dinat_cfg(
+        "nat_mini.in1k": nat_cfg("nat_mini.pth"),
+        "nat_tiny.in1k": nat_cfg("nat_tiny.pth"),
+        "nat_small.in1k": nat_cfg("nat_small.pth"),
+        "nat_base.in1k": nat_cfg("nat_base.pth"),
+        "dinat_mini.in1k": dinat_cfg("imagenet1k/dinat_mini_in1k_224.pth"),
+        "dinat_tiny.in1k": dinat_cfg("imagenet1k/dinat_tiny_in1k_224.pth"),
+        "dinat_small.in1k": dinat_cfg("imagenet1k/dinat_small_in1k_224.pth"),
+        "dinat_base.in1k": dinat_cfg("imagenet1k/dinat_base_in1k_224.pth"),
+        "dinat_large.in22k_ft_in1k": dinat_cfg("imagenet1k/dinat_large_in22k_in1k_224.pth"),
+        "dinat_large_384.in22k_ft_in1k": dinat_cfg("imagenet1k/dinat_large_in22k_in1k_384.pth", **_384),
+        "dinat_large_384_11x11.in22k_ft_in1k": dinat_cfg("imagenet1k/dinat_large_in22k_in1k_384_11x11.pth", **_384),
+        "dinat_large_21k.in22k": dinat_cfg("imagenet22k/dinat_large_in22k_224.pth", num_classes=21841),
+        "dinat_large_21k_11x11.in22k": dinat_cfg(
             "imagenet22k/dinat_large_in22k_224_11x11interp.pth", num_classes=21841
         ),
     }
 )
 
-_DILATIONS_224 = ((1, 8), (1, 4), (1, 2), (1, 1))
-_DILATIONS_384 = ((1, 13), (1, 6), (1, 3), (1, 1))
+DILATIONS_224 = ((1, 8), (1, 4), (1, 2), (1, 1))
+DILATIONS_384 = ((1, 13), (1, 6), (1, 3), (1, 1))
 _MINI: dict[str, Any] = dict(embed_dim=64, depths=(3, 4, 6, 5), num_heads=(2, 4, 8, 16), mlp_ratio=3)
 _TINY: dict[str, Any] = dict(embed_dim=64, depths=(3, 4, 18, 5), num_heads=(2, 4, 8, 16), mlp_ratio=3)
 _SMALL: dict[str, Any] = dict(embed_dim=96, depths=(3, 4, 18, 5), num_heads=(3, 6, 12, 24), mlp_ratio=2)
@@ -242,61 +202,61 @@ def nat_base(pretrained: bool = False, **kwargs: Any) -> nn.Module:
 @register_model
 def dinat_mini(pretrained: bool = False, **kwargs: Any) -> nn.Module:
     """DiNAT-Mini: 20 M parameters."""
-    args = dict(_MINI, dilations=_DILATIONS_224, drop_path_rate=0.2)
+    args = dict(_MINI, dilations=DILATIONS_224, drop_path_rate=0.2)
     return _create_nat("dinat_mini", pretrained, **args | kwargs)
 
 
 @register_model
 def dinat_tiny(pretrained: bool = False, **kwargs: Any) -> nn.Module:
     """DiNAT-Tiny: 28 M parameters."""
-    args = dict(_TINY, dilations=_DILATIONS_224, drop_path_rate=0.2)
+    args = dict(_TINY, dilations=DILATIONS_224, drop_path_rate=0.2)
     return _create_nat("dinat_tiny", pretrained, **args | kwargs)
 
 
 @register_model
 def dinat_small(pretrained: bool = False, **kwargs: Any) -> nn.Module:
     """DiNAT-Small: 51 M parameters, no layer scale (unlike NAT-Small)."""
-    args = dict(_SMALL, dilations=_DILATIONS_224, drop_path_rate=0.3)
+    args = dict(_SMALL, dilations=DILATIONS_224, drop_path_rate=0.3)
     return _create_nat("dinat_small", pretrained, **args | kwargs)
 
 
 @register_model
 def dinat_base(pretrained: bool = False, **kwargs: Any) -> nn.Module:
     """DiNAT-Base: 90 M parameters, layer scale."""
-    args = dict(_BASE, dilations=_DILATIONS_224, layer_scale=1e-5, drop_path_rate=0.5)
+    args = dict(_BASE, dilations=DILATIONS_224, layer_scale=1e-5, drop_path_rate=0.5)
     return _create_nat("dinat_base", pretrained, **args | kwargs)
 
 
 @register_model
 def dinat_large(pretrained: bool = False, **kwargs: Any) -> nn.Module:
     """DiNAT-Large: 200 M parameters, from ImageNet-22k to 1k at 224 x 224."""
-    args = dict(_LARGE, dilations=_DILATIONS_224, drop_path_rate=0.35)
+    args = dict(_LARGE, dilations=DILATIONS_224, drop_path_rate=0.35)
     return _create_nat("dinat_large", pretrained, **args | kwargs)
 
 
 @register_model
 def dinat_large_384(pretrained: bool = False, **kwargs: Any) -> nn.Module:
     """DiNAT-Large at 384 x 384, with larger dilations."""
-    args = dict(_LARGE, dilations=_DILATIONS_384, drop_path_rate=0.35)
+    args = dict(_LARGE, dilations=DILATIONS_384, drop_path_rate=0.35)
     return _create_nat("dinat_large_384", pretrained, **args | kwargs)
 
 
 @register_model
 def dinat_large_384_11x11(pretrained: bool = False, **kwargs: Any) -> nn.Module:
     """DiNAT-Large at 384 x 384, with 11 x 11 neighborhoods."""
-    args = dict(_LARGE, kernel_size=11, dilations=_DILATIONS_224, drop_path_rate=0.35)
+    args = dict(_LARGE, kernel_size=11, dilations=DILATIONS_224, drop_path_rate=0.35)
     return _create_nat("dinat_large_384_11x11", pretrained, **args | kwargs)
 
 
 @register_model
 def dinat_large_21k(pretrained: bool = False, **kwargs: Any) -> nn.Module:
     """DiNAT-Large on the 21,841 classes of ImageNet-22k."""
-    args = dict(_LARGE, dilations=_DILATIONS_224, drop_path_rate=0.2)
+    args = dict(_LARGE, dilations=DILATIONS_224, drop_path_rate=0.2)
     return _create_nat("dinat_large_21k", pretrained, **args | kwargs)
 
 
 @register_model
 def dinat_large_21k_11x11(pretrained: bool = False, **kwargs: Any) -> nn.Module:
     """`dinat_large_21k` with its biases resized to 11 x 11 neighborhoods: where fine-tuning at 384 started."""
-    args = dict(_LARGE, kernel_size=11, dilations=_DILATIONS_224, drop_path_rate=0.2)
+    args = dict(_LARGE, kernel_size=11, dilations=DILATIONS_224, drop_path_rate=0.2)
     return _create_nat("dinat_large_21k_11x11", pretrained, **args | kwargs)

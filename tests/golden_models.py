@@ -15,7 +15,16 @@ import nat_models  # noqa: F401  registers the models
 
 GOLDEN = Path(__file__).parent / "golden"
 ZOO: list[dict[str, Any]] = json.loads((GOLDEN / "zoo.json").read_text())
-MODELS = {"nat": "nat_mini", "nat_layerscale": "nat_mini", "dinat": "dinat_mini", "dinat_small_input": "dinat_mini"}
+MODELS = {
+    "nat": "nat_mini",
+    "nat_layerscale": "nat_mini",
+    "dinat": "dinat_mini",
+    "dinat_small_input": "dinat_mini",
+    "dinat_s": "dinat_s_tiny",
+    "nat_isotropic": "nat_isotropic_small",
+    "dinat_isotropic": "dinat_isotropic_small",
+    "vitrpb": "vitrpb_small",
+}
 """A golden file's name -> the registered model that its constructor arguments turn into the golden one."""
 
 
@@ -25,7 +34,7 @@ def golden(name: str) -> tuple[dict[str, Any], dict[str, Tensor], dict[str, Tens
     with safe_open(GOLDEN / f"{name}.safetensors", "pt") as file:
         config = json.loads(file.metadata()["config"])
         tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118  not a dict
-    config.pop("family")
+    config = {key: value for key, value in config.items() if key not in ("family", "layer")}
     state = {key.removeprefix("state."): value for key, value in tensors.items() if key.startswith("state.")}
     return config, state, {key: value for key, value in tensors.items() if not key.startswith("state.")}
 

@@ -199,6 +199,14 @@ def test_biases_resize_bicubically(tmp_path: Path) -> None:
         torch.testing.assert_close(value, expected_value)
 
 
+def test_full_attention_of_another_image_size(tmp_path: Path) -> None:
+    state = golden("vitrpb")[1]
+    model = load("vitrpb", save(state, tmp_path / "weights.pth"), img_size=(96, 160))
+    for key, value in model.state_dict().items():
+        torch.testing.assert_close(value, resize_rpb(state[key], (11, 19)) if key.endswith("rpb") else state[key])
+    assert len(model.load_report.ignored) == 3  # the original's relative_position_index
+
+
 def test_report() -> None:
     config, state, _ = golden("nat")
     model = timm.create_model("nat_mini", **(config | dict(kernel_size=5, num_classes=3, in_chans=1)))

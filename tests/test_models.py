@@ -14,20 +14,36 @@ from timm.layers import get_channel_dim, get_spatial_dim
 from timm.models import FeatureInfo, get_notrace_functions, get_notrace_modules, group_parameters
 from timm.optim import create_optimizer_v2, param_groups_layer_decay
 from torch import Tensor, nn
+from torch.nn import functional as F
 from torchvision.models.feature_extraction import create_feature_extractor, get_graph_node_names
 
 from nat_models.backbone import Backbone
+from nat_models.checkpoints import resize_rpb
 from nat_models.complexity import multiply_adds
+from nat_models.dinat_s import PatchMerging
 from nat_models.layers import Block, NeighborhoodAttention2D
+from nat_models.nat_isotropic import MapAttention
 
-NAMES = timm.list_models(module="nat")
-SMALL = ["nat_mini", "nat_base", "dinat_tiny", "dinat_large_384_11x11"]  # all that differ in more than width and depth
-PUBLISHED = {entry["name"]: entry for entry in ZOO if entry["family"] in ("nat", "dinat")}
+FAMILIES = ["nat", "dinat_s", "nat_isotropic"]
+NAMES = timm.list_models(module=FAMILIES)
+PUBLISHED = {entry["name"]: entry for entry in ZOO}
+SMALL = [  # all that differ in more than width and depth
+    "nat_mini",
+    "nat_base",
+    "dinat_tiny",
+    "dinat_large_384_11x11",
+    "dinat_s_tiny",
+    "nat_isotropic_small",
+    "dinat_isotropic_small",
+    "vitrpb_small",
+]
 
 
 def small(name: str, **kwargs: Any) -> nn.Module:
     """The named model with few channels and blocks; kernel size, dilations and layer scale stay."""
     config: dict[str, Any] = dict(embed_dim=16, depths=(2, 1, 2, 1), num_heads=(1, 2, 2, 4))
+    if PUBLISHED[name]["family"] == "isotropic":
+        config = dict(embed_dim=32, depth=6, num_heads=2)
     torch.manual_seed(0)
     return timm.create_model(name, **config | kwargs)
 
@@ -65,29 +81,38 @@ def test_original_weights_give_the_original_logits(name: str, suffix: str, tmp_p
 
 def test_every_published_model_is_registered() -> None:
     assert set(NAMES) == set(PUBLISHED)
-    assert set(timm.list_models(pretrained=True, module="nat")) == {f"{name}.{tag(name)}" for name in NAMES}
+    assert set(timm.list_models(pretrained=True, module=FAMILIES)) == {f"{name}.{tag(name)}" for name in NAMES}
 
 
 def tag(name: str) -> str:
     return "in22k" if "21k" in name else "in22k_ft_in1k" if "pretrain" in PUBLISHED[name] else "in1k"
 
 
+def published_blocks(entry: dict[str, Any]) -> list[tuple[int, int, int, int]]:
+    """`(channels, heads, kernel size, dilation)` of every block."""
+    if entry["family"] == "isotropic":
+        dilations = [1, 2] if entry.get("dilation") == "1,2 alternating" else [1, 1]
+        kernel = entry.get("kernel", entry["res"] // entry["patch"])
+        return [(entry["embed_dim"], entry["num_heads"], kernel, dilations[i % 2]) for i in range(entry["depth"])]
+    dilations = entry.get("dilations", [[1]] * len(entry["depths"]))
+    return [
+        (entry["embed_dim"] * 2**i, entry["num_heads"][i], entry["kernel"], dilations[i][j % len(dilations[i])])
+        for i, depth in enumerate(entry["depths"])
+        for j in range(depth)
+    ]
+
+
 @pytest.mark.parametrize("name", NAMES)
 def test_architecture_is_the_published_one(name: str) -> None:
     model, entry = full(name), PUBLISHED[name]
     blocks = [module for module in model.modules() if isinstance(module, Block)]
-    stages = [[block for block in level.modules() if isinstance(block, Block)] for level in model.stages]
-    assert [len(stage) for stage in stages] == entry["depths"]
-    for i, stage in enumerate(stages):
-        dim = entry["embed_dim"] * 2**i
-        turns = entry.get("dilations", [[1]] * len(stages))[i]
-        for j, block in enumerate(stage):
-            assert block.norm1.normalized_shape == (dim,)
-            assert block.attn.num_heads == entry["num_heads"][i]
-            assert block.attn.kernel_size == (entry["kernel"],) * 2
-            assert block.attn.dilation == (turns[j % len(turns)],) * 2
-            assert block.mlp.fc1.out_features == dim * entry["mlp_ratio"]
-            assert (block.gamma1 is not None) == ("layer_scale" in entry)
+    for block, (dim, heads, kernel, dilation) in zip(blocks, published_blocks(entry), strict=True):
+        assert block.norm1.normalized_shape == (dim,)
+        assert block.attn.num_heads == heads
+        assert block.attn.kernel_size == (kernel, kernel)
+        assert block.attn.dilation == (dilation, dilation)
+        assert block.mlp.fc1.out_features == dim * entry["mlp_ratio"]
+        assert (block.gamma1 is not None) == ("layer_scale" in entry)
     rates = [getattr(block.drop_path, "drop_prob", 0.0) for block in blocks]
     torch.testing.assert_close(torch.tensor(rates), torch.linspace(0, entry["drop_path"], len(blocks)))
 
@@ -232,17 +257,24 @@ def test_features_are_the_intermediates(name: str, feature_cls: str) -> None:
 
 @pytest.mark.parametrize("feature_cls", ["list", "getter"])
 @pytest.mark.parametrize("out_indices", [(0,), (1, 2), (-2, -1), 2])
-@pytest.mark.parametrize("name", ["nat_small", "dinat_tiny"])
+@pytest.mark.parametrize("name", ["nat_small", "dinat_s_tiny", "nat_isotropic_small"])
 def test_features_of_chosen_stages(name: str, out_indices: Any, feature_cls: str) -> None:
     model = small(name, features_only=True, out_indices=out_indices, feature_cls=feature_cls).eval()
     batch = images(2, 3, 64, 64)
-    chosen = list(range(4))[-out_indices:] if isinstance(out_indices, int) else [i % 4 for i in out_indices]
+    stages = len(small(name).stages)
+    chosen = range(stages)[-out_indices:] if isinstance(out_indices, int) else [i % stages for i in out_indices]
     fmt = model.output_fmt.value
     maps = small(name).eval().forward_intermediates(batch, output_fmt=fmt, intermediates_only=True)
     for output, i in zip(model(batch), chosen, strict=True):
         torch.testing.assert_close(output, maps[i])
-    assert model.feature_info.channels() == [16 * 2**i for i in chosen]
-    assert model.feature_info.reduction() == [4 * 2**i for i in chosen]
+    if name == "nat_isotropic_small":
+        assert (model.feature_info.channels(), model.feature_info.reduction()) == (
+            [32] * len(chosen),
+            [16] * len(chosen),
+        )
+    else:
+        assert model.feature_info.channels() == [16 * 2**i for i in chosen]
+        assert model.feature_info.reduction() == [4 * 2**i for i in chosen]
 
 
 def test_features_train_with_checkpointing() -> None:
@@ -337,20 +369,21 @@ def test_layer_decay_and_weight_decay(name: str) -> None:
 @pytest.mark.parametrize("size", [(32, 32), (33, 65), (75, 40), (224, 32)])
 @pytest.mark.parametrize("name", SMALL)
 def test_any_input_size(name: str, size: tuple[int, int]) -> None:
-    model = small(name, depths=(1, 1, 1, 1)).eval()
+    model = small(name).eval()
     with torch.no_grad():
         logits = model(images(1, 3, *size))
     assert logits.shape == (1, model.num_classes) and logits.isfinite().all()
 
 
 @pytest.mark.parametrize("in_chans", [1, 2, 4])
-def test_input_channels(in_chans: int) -> None:
-    model = small("nat_mini", in_chans=in_chans)
+@pytest.mark.parametrize("name", ["nat_mini", "dinat_s_tiny", "nat_isotropic_small"])
+def test_input_channels(name: str, in_chans: int) -> None:
+    model = small(name, in_chans=in_chans)
     assert model.in_chans == in_chans
     assert model(images(1, in_chans, 32, 32)).shape == (1, 1000)
 
 
-@pytest.mark.parametrize("name", ["nat_small", "dinat_tiny"])
+@pytest.mark.parametrize("name", ["nat_small", "dinat_tiny", "dinat_s_tiny", "vitrpb_small"])
 def test_bfloat16(name: str) -> None:
     model, batch = small(name).eval(), images(2, 3, 64, 64)
     with torch.no_grad():
@@ -369,6 +402,57 @@ def test_fx_tracing(name: str) -> None:
     traced = create_feature_extractor(model, return_nodes=[nodes[-1]], **options)
     with torch.no_grad():
         torch.testing.assert_close(traced(batch)[nodes[-1]], model(batch))
+
+
+# --- one family only -------------------------------------------------------------------------------------------------
+
+
+def test_patch_merging_takes_swin_s_order() -> None:
+    merging, x = PatchMerging(3), torch.randn(2, 5, 6, 3)
+    padded = torch.zeros(2, 6, 6, 3)
+    padded[:, :5] = x
+    corners = [padded[:, i::2, j::2] for j in (0, 1) for i in (0, 1)]
+    expected = F.linear(F.layer_norm(torch.cat(corners, -1), (12,)), merging.reduction.weight)
+    torch.testing.assert_close(merging(x), expected)
+
+
+def full_attention(module: MapAttention, x: Tensor) -> Tensor:
+    """Every token attends to every other, with the bias of their distance."""
+    height, width, dim = x.shape[1:]
+    rows, columns = torch.meshgrid(torch.arange(height), torch.arange(width), indexing="ij")
+    down = rows.flatten()[None] - rows.flatten()[:, None] + module.kernel_size[0] - 1
+    right = columns.flatten()[None] - columns.flatten()[:, None] + module.kernel_size[1] - 1
+    query, key, value = (
+        y.reshape(len(x), height * width, module.num_heads, -1).transpose(1, 2) for y in module.qkv(x).chunk(3, -1)
+    )
+    output = F.scaled_dot_product_attention(query, key, value, attn_mask=module.rpb[:, down, right])
+    return module.proj(output.transpose(1, 2).reshape(x.shape))
+
+
+@pytest.mark.parametrize("size", [(4, 6), (2, 6), (3, 1)])
+def test_full_attention_covers_the_map(size: tuple[int, int]) -> None:
+    module = MapAttention(8, num_heads=2, kernel_size=(4, 6))
+    x = torch.randn(2, *size, 8)
+    torch.testing.assert_close(module(x), full_attention(module, x))
+
+
+def test_set_input_size_of_full_attention() -> None:
+    model, batch = small("vitrpb_small").eval(), images(2, 3, 96, 160)
+    before = model.layers[0].attn.rpb
+    model.set_input_size((96, 160))
+    assert model.layers[0].attn.kernel_size == (6, 10)
+    torch.testing.assert_close(model.layers[0].attn.rpb, resize_rpb(before, (11, 19)))
+    again = small("vitrpb_small", img_size=(96, 160)).eval()
+    again.load_state_dict(model.state_dict())
+    torch.testing.assert_close(model(batch), again(batch))
+    assert timm.models.get_model_input_config(model)["input_size"] == (3, 96, 160)
+
+
+def test_neighborhoods_need_no_input_size() -> None:
+    model, batch = small("nat_isotropic_small").eval(), images(1, 3, 96, 160)
+    before = model(batch)
+    model.set_input_size(384)
+    torch.testing.assert_close(model(batch), before)
 
 
 # --- the constructor -------------------------------------------------------------------------------------------------
@@ -427,6 +511,13 @@ def test_drop_rates_act_in_training_only() -> None:
 def test_wrong_arguments_are_named(arguments: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         small("nat_mini", **arguments)
+
+
+def test_wrong_arguments_of_isotropic_models_are_named() -> None:
+    with pytest.raises(ValueError, match="depth must be at least 1, got 0"):
+        small("nat_isotropic_small", depth=0)
+    with pytest.raises(ValueError, match="img_size must be at least 1, got 0"):
+        small("vitrpb_small", img_size=0)
 
 
 def test_pooling() -> None:
