@@ -1,0 +1,471 @@
+"""The Triton kernels on a GPU: random problems against the reference in float64, memory, large tensors, and PyTorch's
+ways to run them. Independent tests, for `pytest -m gpu -n 12`: most of the time goes into compiling kernels.
+"""
+
+import random
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from dataclasses import replace
+from itertools import pairwise
+from math import prod
+from pathlib import Path
+
+import pytest
+import torch
+import torch.distributed
+from attention_problems import Problem, attend_with_gradients
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
+from torch.utils.checkpoint import checkpoint
+
+from fused_na import blocked, na1d, na2d, na3d, neighborhood_attention, ops
+
+pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs an NVIDIA GPU")]
+
+DEVICE = "cuda"
+PRECISIONS = {  # dtype, tf32, largest relative error
+    "bfloat16": (torch.bfloat16, False, 1e-2),
+    "float16": (torch.float16, False, 2e-3),
+    "float32": (torch.float32, False, 1e-5),
+    "tf32": (torch.float32, True, 1e-3),
+}
+FAMILIES = 60
+HEAD_DIMS = [32, 64, 128, 16, 8, 24, 48, 96, 256, 40, 80, 72, 112, 192, 136, 160, 200, 248]
+
+
+def family(index: int) -> list[Problem]:
+    """Five random legal problems that share what kernels are compiled for, as far as possible.
+
+    They share kernel size, stride, causality, head_dim, heads per key head and bias; they differ in lengths (one small
+    map and one of several tiles), dilation, batch, heads, additional tokens, scale and memory layout.
+    """
+    draw = random.Random(index)
+    rank = 1 + index % 3
+    longest = {1: 1200, 2: 34, 3: 11}[rank]
+    kernel_size = tuple(draw.randint(1, draw.choice([3, 7, longest // 3, longest // 2])) for _ in range(rank))
+    if index % 10 == 9:
+        kernel_size = tuple(draw.randint(1, {1: 200, 2: 14, 3: 6}[rank]) for _ in range(rank))
+    stride = tuple(draw.choice([1, 1, k, draw.randint(1, k)]) for k in kernel_size)
+    is_causal = tuple(draw.random() < 0.3 for _ in range(rank))
+    head_dim = HEAD_DIMS[index % len(HEAD_DIMS)]
+    head_dim_v = draw.choice([head_dim, head_dim, head_dim, 8 * draw.randint(1, 32)])
+    heads_per_kv = draw.choice([1, 1, 1, 2, 3])
+    has_rpb = draw.random() < 0.6
+    has_additional = draw.random() < 0.25
+
+    small = tuple(k + draw.randint(0, 5) if index % 10 != 9 else k for k in kernel_size)  # now and then the whole map
+    large = tuple(draw.randint(max(k, 2 * longest // 3), longest) for k in kernel_size)
+    problems = []
+    for spatial, layout, dilate in [
+        (small, "contiguous", False),
+        (small, "heads first", False),
+        (large, "packed", False),
+        (large, "packed", True),
+        (large, "contiguous", True),
+    ]:
+        heads_kv = draw.randint(1, 2)
+        problems.append(
+            Problem(
+                spatial,
+                kernel_size,
+                stride,
+                tuple(draw.randint(1, n // k) if dilate else 1 for n, k in zip(spatial, kernel_size, strict=True)),
+                is_causal,
+                batch=draw.randint(1, 3) if spatial is small else draw.randint(1, 2),
+                heads=heads_kv * heads_per_kv,
+                heads_kv=heads_kv,
+                head_dim=head_dim,
+                head_dim_v=head_dim_v,
+                scale=draw.choice([None, None, None, 0.5 * head_dim**-0.5, -(head_dim**-0.5), 0.0]),
+                has_rpb=has_rpb,
+                additional=draw.choice([0, 1, 17, 100]) if has_additional else None,
+                layout=layout,
+            )
+        )
+    return problems
+
+
+@contextmanager
+def nan_in_new_tensors() -> Iterator[None]:
+    """Fills all newly allocated tensors with NaN, so that an element which no kernel writes shows."""
+    torch.use_deterministic_algorithms(True)
+    assert torch.utils.deterministic.fill_uninitialized_memory
+    try:
+        yield
+    finally:
+        torch.use_deterministic_algorithms(False)
+
+
+@contextmanager
+def tf32(enabled: bool) -> Iterator[None]:
+    before = torch.backends.cuda.matmul.allow_tf32
+    torch.backends.cuda.matmul.allow_tf32 = enabled
+    try:
+        yield
+    finally:
+        torch.backends.cuda.matmul.allow_tf32 = before
+
+
+def relative_error(actual: Tensor, expected: Tensor) -> float:
+    """Norm of the difference over the expected norm, infinite where anything is not finite."""
+    assert actual.shape == expected.shape
+    error = torch.linalg.vector_norm(actual.double() - expected) / torch.linalg.vector_norm(expected).clamp(1e-30)
+    return error.item() if error.isfinite() else float("inf")
+
+
+def errors(problem: Problem, inputs: dict[str, Tensor], backend: str = "reference") -> dict[str, float]:
+    """Relative errors of output, log-sum-exp and gradients against another backend in float64."""
+    with nan_in_new_tensors():
+        actual = attend_with_gradients(problem, inputs, "triton")
+    expected = attend_with_gradients(problem, {name: x.double() for name, x in inputs.items()}, backend)
+    return {name: relative_error(actual[name], x) for name, x in expected.items() if x.numel()}
+
+
+@pytest.mark.parametrize(
+    ("index", "precision"),
+    [
+        (index, precision)
+        for index in range(FAMILIES)
+        for precision, every in [("bfloat16", 1), ("float32", 1), ("float16", 4), ("tf32", 5)]
+        if index % every == 0
+    ],
+)
+def test_random_problems(index: int, precision: str) -> None:
+    dtype, allow_tf32, tolerance = PRECISIONS[precision]
+    wrong = []
+    for seed, problem in enumerate(family(index)):
+        inputs = problem.inputs(dtype, DEVICE, seed)
+        if problem.has_rpb and seed % 2:
+            inputs["rpb"] = inputs["rpb"].float()
+        with tf32(allow_tf32):
+            found = errors(problem, inputs)
+        wrong += [f"{name}: {error:.1e} in {problem}" for name, error in found.items() if not error < tolerance]
+    assert not wrong, "\n".join(wrong)
+
+
+def test_there_are_enough_random_problems() -> None:
+    """At least 500 in bfloat16 and float32, of which many do not fit in one tile."""
+    drawn = [problem for index in range(FAMILIES) for problem in family(index)]
+    assert 2 * len(set(drawn)) >= 500
+    assert sum(prod(problem.spatial) >= 300 for problem in drawn) >= 150
+    assert {problem.head_dim for problem in drawn} >= {8, 16, 32, 64, 128, 256}
+    assert all(any(getattr(problem, name) for problem in drawn) for name in ("has_rpb", "additional"))
+    for rank in (1, 2, 3):
+        some = [problem for problem in drawn if len(problem.spatial) == rank]
+        assert any(max(x.stride) > 1 for x in some) and any(max(x.dilation) > 1 for x in some)
+        assert any(any(x.is_causal) for x in some) and any(x.heads > x.heads_kv for x in some)
+
+
+WORKLOADS = {  # the benchmarks' maps and windows, which have tuned tiles, with few heads
+    "img_s1": Problem((56, 56), (7, 7), (1, 1), (1, 1), (False, False), head_dim=32, head_dim_v=32),
+    "img_s1_dilation8": Problem((56, 56), (7, 7), (1, 1), (8, 8), (False, False), head_dim=32, head_dim_v=32),
+    "img_s2": Problem((28, 28), (7, 7), (1, 1), (1, 1), (False, False), head_dim=32, head_dim_v=32),
+    "img_s2_dilation4": Problem((28, 28), (7, 7), (1, 1), (4, 4), (False, False), head_dim=32, head_dim_v=32),
+    "img_s3": Problem((14, 14), (7, 7), (1, 1), (1, 1), (False, False), head_dim=32, head_dim_v=32),
+    "img_s4": Problem((7, 7), (7, 7), (1, 1), (1, 1), (False, False), head_dim=32, head_dim_v=32),
+    "vid_s1": Problem((16, 56, 56), (7,) * 3, (1,) * 3, (1,) * 3, (False,) * 3, 1, head_dim=32, head_dim_v=32),
+    "vid_s1_causal": Problem(
+        (16, 56, 56), (7,) * 3, (1,) * 3, (1,) * 3, (True, False, False), 1, head_dim=32, head_dim_v=32
+    ),
+    "vid_s2": Problem((16, 28, 28), (7,) * 3, (1,) * 3, (1,) * 3, (False,) * 3, 1, head_dim=32, head_dim_v=32),
+    "vid_s3": Problem((16, 14, 14), (7,) * 3, (1,) * 3, (1,) * 3, (False,) * 3, 1, head_dim=32, head_dim_v=32),
+    "one_d": Problem((32768,), (2048,), (1,), (1,), (False,), 1, 1, 1, 128, 128),
+    "flux": Problem((256, 256), (80, 80), (1, 1), (1, 1), (False, False), 1, 1, 1, 128, 128),
+    "flux_stride16x16": Problem((256, 256), (80, 80), (16, 16), (1, 1), (False, False), 1, 1, 1, 128, 128),
+    "hunyuan": Problem((30, 48, 80), (18, 24, 24), (1, 1, 1), (1, 1, 1), (False,) * 3, 1, 1, 1, 128, 128),
+    "hunyuan_stride16x8x8": Problem((30, 48, 80), (18, 24, 24), (16, 8, 8), (1, 1, 1), (False,) * 3, 1, 1, 1, 128, 128),
+    "hunyuan_d64": Problem((30, 48, 80), (9, 15, 15), (1, 1, 1), (1, 1, 1), (False,) * 3, 1, 1, 1, 64, 64),
+}
+
+
+@pytest.mark.parametrize("has_rpb", [False, True], ids=["", "rpb"])
+@pytest.mark.parametrize("name", WORKLOADS)
+def test_benchmark_workloads(name: str, has_rpb: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Against the other backend that does not hold all pairs at once."""
+    monkeypatch.setattr(blocked, "CHUNK_SCORES", 1 << 24)
+    problem = replace(WORKLOADS[name], has_rpb=has_rpb, layout="packed")
+    found = errors(problem, problem.inputs(torch.bfloat16, DEVICE), "blocked")
+    assert max(found.values()) < 1e-2, found
+
+
+@pytest.mark.parametrize("index", range(0, FAMILIES, 5))
+def test_repeats_are_bit_identical(index: int) -> None:
+    problem = replace(family(index)[2], batch=8)
+    inputs = problem.inputs(torch.bfloat16, DEVICE)
+    results = [attend_with_gradients(problem, inputs, "triton") for _ in range(3)]
+    for first, second in pairwise(results):
+        assert all(torch.equal(first[name], second[name]) for name in first)
+
+
+def test_default_backend(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Triton wherever it can compute the call, else the portable one."""
+    query, key, value = torch.randn(3, 2, 6, 7, 2, 16, device=DEVICE).unbind()
+    expected = na2d(query, key, value, 3, backend="triton")
+    with monkeypatch.context() as patch:
+        patch.setattr(blocked, "attend", None)
+        assert torch.equal(na2d(query, key, value, 3), expected)
+    assert relative_error(expected, na2d(query.double(), key.double(), value.double(), 3)) < 1e-5
+    narrow = [x[..., :12] for x in (query, key, value)]
+    assert relative_error(na2d(*narrow, 3), na2d(*(x.double() for x in narrow), 3, backend="reference")) < 1e-5
+
+
+# Memory.
+
+
+def allocations(function: Callable[[], object]) -> tuple[int, int]:
+    """How many tensors a call allocates, and by how many bytes it raises the peak of memory in use."""
+    function()  # compiles the kernels
+    torch.cuda.synchronize()
+    torch.cuda.reset_peak_memory_stats()
+    before = torch.cuda.memory_stats()
+    result = function()
+    after = torch.cuda.memory_stats()
+    del result
+    count = after["allocation.all.allocated"] - before["allocation.all.allocated"]
+    return count, after["requested_bytes.all.peak"] - before["requested_bytes.all.current"]
+
+
+def views(layout: str, heads: int = 2, head_dim: int = 32) -> list[Tensor]:
+    """Query, key and value on a map of 56 x 56 that share memory, each a leaf."""
+    if layout == "packed":
+        packed = torch.randn(4, 56, 56, 3, heads, head_dim, device=DEVICE, dtype=torch.bfloat16)
+        return [x.detach().requires_grad_() for x in packed.unbind(-3)]
+    packed = torch.randn(3, heads, 4, 56, 56, head_dim, device=DEVICE, dtype=torch.bfloat16)
+    return [x.movedim(0, -2).detach().requires_grad_() for x in packed.unbind()]
+
+
+@pytest.mark.parametrize("layout", ["packed", "heads outermost"])
+@pytest.mark.parametrize("dilation", [1, 8])
+@pytest.mark.parametrize("has_rpb", [False, True], ids=["", "rpb"])
+def test_views_are_read_in_place(has_rpb: bool, dilation: int, layout: str) -> None:
+    """Forward allocates output and log-sum-exp; backward the gradients, a row vector and the bias's partial sums."""
+    inputs = views(layout)
+    assert not any(x.is_contiguous() for x in inputs)
+    rpb = torch.randn(2, 13, 13, device=DEVICE, requires_grad=True) if has_rpb else None
+
+    def forward() -> Tensor:
+        output = na2d(*inputs, kernel_size=7, dilation=dilation, rpb=rpb)
+        assert isinstance(output, Tensor)
+        return output
+
+    tensor = inputs[0].numel() * 2
+    rows = inputs[0].numel() // 32 * 4
+    bias = 0 if rpb is None else rpb.numel() * 4
+    count, peak = allocations(forward)
+    assert count <= (3 if has_rpb else 2)
+    assert peak <= tensor + rows + bias
+
+    output = forward()
+    incoming = torch.randn_like(output)
+    wanted = inputs if rpb is None else [*inputs, rpb]
+    count, peak = allocations(lambda: torch.autograd.grad(output, wanted, incoming, retain_graph=True))
+    assert count <= (6 if has_rpb else 4)
+    assert peak <= 3 * tensor + rows + (bias + (64 << 20) if has_rpb else 0)
+
+
+def packed_views(batch: int, spatial: tuple[int, ...], heads: int, heads_kv: int, head_dim: int) -> list[Tensor]:
+    shape = (batch, *spatial, heads + 2 * heads_kv, head_dim)
+    packed = torch.empty(shape, device=DEVICE, dtype=torch.bfloat16).normal_()
+    return [x.detach().requires_grad_() for x in packed.split([heads, heads_kv, heads_kv], dim=-2)]
+
+
+@pytest.mark.parametrize(
+    ("batch", "spatial", "heads", "heads_kv", "kernel_size", "crop", "compared"),
+    [
+        (1, (70_400, 10), 24, 1, (5, 3), (slice(None), slice(-32, None)), (slice(None), slice(-16, None))),
+        (360_000, (8,), 2, 2, 5, slice(-8, None), slice(-8, None)),
+    ],
+    ids=["sample", "batch"],
+)
+def test_past_32_bit_offsets(
+    batch: int, spatial: tuple[int, ...], heads: int, heads_kv: int, kernel_size: int | tuple[int, ...], crop, compared
+) -> None:
+    """The far end of large tensors against the reference on a crop: 19 GB for one sample, 13 GB for 360000.
+
+    Input and output of the one sample, and the input of the batch, have more than 2^31 elements.
+    """
+    inputs = packed_views(batch, spatial, heads, heads_kv, 128)
+    assert inputs[0].stride(0) * batch > 2**31
+    with nan_in_new_tensors():
+        output = neighborhood_attention(*inputs, kernel_size=kernel_size)
+        assert isinstance(output, Tensor)
+        incoming = torch.empty_like(output).normal_()
+        gradients = torch.autograd.grad(output, inputs, incoming)
+
+    ends = [x[crop].detach().double().requires_grad_() for x in inputs]
+    expected = neighborhood_attention(*ends, kernel_size=kernel_size, backend="reference")
+    assert isinstance(expected, Tensor)
+    expected_gradients = torch.autograd.grad(expected, ends, incoming[crop].double())
+    for actual, end in zip((output, *gradients), (expected, *expected_gradients), strict=True):
+        assert relative_error(actual[compared], end[compared]) < 1e-2
+        assert actual.detach().flatten()[::997].isfinite().all()
+
+
+# PyTorch around the operation.
+
+
+class Attention(nn.Module):
+    """Attention on a packed projection, as models use it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.qkv = nn.Linear(64, 192)
+        self.rpb = nn.Parameter(torch.randn(2, 5, 7, 7))
+        self.projection = nn.Linear(64, 64)
+
+    def forward(self, x: Tensor) -> Tensor:
+        query, key, value = self.qkv(x).unflatten(-1, (3, 2, 32)).unbind(-3)
+        output = na3d(query, key, value, (3, 4, 4), rpb=self.rpb, is_causal=(True, False, False), backend="triton")
+        assert isinstance(output, Tensor)
+        return self.projection(output.flatten(-2))
+
+
+def clips(batch: int = 2) -> Tensor:
+    generator = torch.Generator(DEVICE).manual_seed(batch)
+    return torch.randn(batch, 4, 9, 10, 64, device=DEVICE, generator=generator)
+
+
+def trained(function: Callable[[Tensor], Tensor], module: nn.Module, x: Tensor) -> list[Tensor]:
+    """Output and gradients of input and parameters."""
+    x = x.clone().requires_grad_()
+    output = function(x)
+    return [output.detach().clone(), *torch.autograd.grad(output.square().sum(), (x, *module.parameters()))]
+
+
+def assert_equal(actual: list[Tensor], expected: list[Tensor], tolerance: float) -> None:
+    assert all(relative_error(x, y.double()) <= tolerance for x, y in zip(actual, expected, strict=True))
+
+
+@pytest.fixture
+def fresh_compiler() -> Iterator[None]:
+    torch._dynamo.reset()
+    yield
+    torch._dynamo.reset()
+
+
+@pytest.mark.parametrize("dynamic", [False, True], ids=["static", "dynamic"])
+@pytest.mark.parametrize("autocast", [False, True], ids=["", "autocast"])
+def test_compile(autocast: bool, dynamic: bool, fresh_compiler: None) -> None:
+    module = Attention().to(DEVICE)
+    compiled = torch.compile(module, fullgraph=True, dynamic=dynamic)
+    with torch.autocast(DEVICE, torch.bfloat16, enabled=autocast):
+        for batch in (2, 3, 5):
+            expected = trained(module, module, clips(batch))
+            assert_equal(trained(compiled, module, clips(batch)), expected, 2e-2 if autocast else 1e-4)
+
+
+def test_compile_reduce_overhead(fresh_compiler: None) -> None:
+    """The compiler records CUDA graphs from the second call on."""
+    module = Attention().to(DEVICE)
+    compiled = torch.compile(module, fullgraph=True, mode="reduce-overhead")
+    torch._dynamo.utils.counters.clear()
+    for seed in range(4):
+        torch.manual_seed(seed)
+        x = torch.randn_like(clips())
+        torch.compiler.cudagraph_mark_step_begin()
+        assert_equal(trained(compiled, module, x), trained(module, module, x), 1e-4)
+    assert torch._dynamo.utils.counters["inductor"]["cudagraph_skips"] == 0
+
+
+def test_cuda_graph() -> None:
+    """Forward and backward, captured once and replayed on other inputs."""
+    module = Attention().to(DEVICE)
+    x = clips()
+    side = torch.cuda.Stream()
+    side.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(side):
+        trained(module, module, x)
+    torch.cuda.current_stream().wait_stream(side)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        results = trained(module, module, x)
+    for batch in (3, 4):
+        x.copy_(clips(batch)[:2])
+        graph.replay()
+        assert_equal(results, trained(module, module, x), 1e-5)
+
+
+def test_checkpoint() -> None:
+    module = Attention().to(DEVICE)
+    expected = trained(module, module, clips())
+    actual = trained(lambda x: checkpoint(module, x, use_reentrant=False), module, clips())
+    assert_equal(actual, expected, 0)
+
+
+def test_threads_and_streams() -> None:
+    """Concurrent training steps, each in a thread and on a stream of its own."""
+    module = Attention().to(DEVICE)
+    expected = [trained(module, module, clips(batch)) for batch in range(1, 9)]
+    torch.cuda.synchronize()
+
+    def step(batch: int) -> list[Tensor]:
+        stream = torch.cuda.Stream()
+        with torch.cuda.stream(stream):
+            results = trained(module, module, clips(batch))
+        stream.synchronize()
+        return results
+
+    with ThreadPoolExecutor(4) as pool:
+        for actual, one in zip(pool.map(step, range(1, 9)), expected, strict=True):
+            assert_equal(actual, one, 1e-5)
+
+
+def test_autocast() -> None:
+    """As on inputs rounded beforehand; gradients come in the dtype of the tensors they belong to."""
+    problem = Problem((9, 10), (3, 4), (1, 2), (2, 1), (False, True), heads=4, head_dim=32, has_rpb=True, additional=5)
+    inputs = problem.inputs(torch.float32, DEVICE)
+    rounded = {name: x if name == "rpb" else x.bfloat16() for name, x in inputs.items()}
+    expected = attend_with_gradients(problem, rounded, "triton")
+    with torch.autocast(DEVICE, torch.bfloat16):
+        actual = attend_with_gradients(problem, inputs, "triton")
+    assert actual["output"].dtype == torch.bfloat16
+    for name in inputs:
+        assert actual[f"gradient of {name}"].dtype == torch.float32
+    for name, x in expected.items():
+        assert relative_error(actual[name], x.double()) < 1e-6, name
+
+
+def test_distributed_data_parallel(tmp_path: Path) -> None:
+    """In a group of one process."""
+    module = Attention().to(DEVICE)
+    expected = trained(module, module, clips())
+    torch.distributed.init_process_group("nccl", init_method=f"file://{tmp_path}/store", rank=0, world_size=1)
+    try:
+        parallel = DistributedDataParallel(module, device_ids=[torch.cuda.current_device()])
+        output = parallel(clips())
+        output.square().sum().backward()
+        gradients = [parameter.grad for parameter in module.parameters()]
+    finally:
+        torch.distributed.destroy_process_group()
+    assert_equal([output.detach()], expected[:1], 0)
+    for actual, gradient in zip(gradients, expected[2:], strict=True):
+        assert actual is not None and relative_error(actual, gradient.double()) < 1e-6
+
+
+@pytest.mark.parametrize("has_rpb", [True, False], ids=["rpb", "additional"])
+def test_operators_pass_opcheck(has_rpb: bool) -> None:
+    additional = None if has_rpb else 3
+    problem = Problem((9, 10), (3, 4), (2, 1), (1, 2), (True, False), has_rpb=has_rpb, additional=additional)
+    inputs = problem.inputs(torch.float32, DEVICE)
+    names = ("query", "key", "value", "rpb", "additional_keys", "additional_values")
+    tensors = [x if x is None else x.requires_grad_() for x in map(inputs.get, names)]
+    options = *map(list, (problem.kernel_size, problem.stride, problem.dilation, problem.is_causal)), 0.3
+    torch.library.opcheck(ops.forward, (*tensors, *options))
+
+    tensors = [x if x is None else x.detach() for x in tensors]
+    output, lse = ops.forward(*tensors, *options)
+    incoming = torch.randn_like(output), torch.randn_like(lse)
+    torch.library.opcheck(ops.backward, (*incoming, *tensors, output, lse, *options, has_rpb))
+
+
+def test_illegal_calls_fail_before_a_kernel_is_launched() -> None:
+    query, key, value = torch.randn(3, 1, 8, 2, 16, device=DEVICE).unbind()
+    with pytest.raises(ValueError, match="kernel_size"):
+        na1d(query, key, value, 9, backend="triton")
+    with pytest.raises(ValueError, match="head_dim"):
+        neighborhood_attention(query[..., :12], key[..., :12], value, 3, backend="triton")
+    with pytest.raises(ValueError, match="float64"):
+        neighborhood_attention(query.double(), key.double(), value.double(), 3, backend="triton")
+    torch.cuda.synchronize()
