@@ -18,6 +18,7 @@ from urllib.parse import urlparse
 
 import torch
 from safetensors import SafetensorError
+from safetensors.torch import load_file
 from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from timm.models import build_model_with_cfg, resolve_pretrained_cfg
 from torch import Tensor, nn
@@ -102,6 +103,24 @@ def build_model(model_cls: Callable[..., nn.Module], variant: str, pretrained: b
             folder = Path(kwargs.get("cache_dir") or Path(torch.hub.get_dir()) / "checkpoints")
             (folder / Path(urlparse(source).path).name).unlink(missing_ok=True)
         raise ValueError(f"cannot load weights from {source}: {_reason(error)}") from error
+
+
+def read_file(path: str | Path) -> dict[str, Any]:
+    """What a file with weights holds, read without executing anything in it.
+
+    Raises:
+        FileNotFoundError: no such file.
+        ValueError: the file cannot be read, or holds something else.
+    """
+    if not Path(path).is_file():
+        raise FileNotFoundError(f"there is no file {str(path)!r}")
+    try:
+        content = load_file(path) if Path(path).suffix == ".safetensors" else torch.load(path, "cpu", weights_only=True)
+    except _UNREADABLE as error:
+        raise ValueError(f"cannot load weights from {path}: {_reason(error)}") from error
+    if not isinstance(content, dict):
+        raise ValueError(f"cannot load weights from {path}: it holds no state dict")
+    return content
 
 
 def checkpoint_filter_fn(state_dict: dict[str, Any], model: nn.Module) -> dict[str, Tensor]:
