@@ -96,7 +96,7 @@ def tile_axes(axes: tuple[Axis, ...]) -> tuple[AxisTiles, ...]:
 
 @lru_cache(maxsize=256)
 def _tile_chunks(axes: tuple[Axis, ...], size: int) -> list[tuple[list, list, list[int]]]:
-    """Cuts the tiles into chunks of `size`: each one's tiles by axis, patterns by axis, and the pattern of each tile."""
+    """Cuts the tiles into chunks of `size`: each one's tiles by axis, patterns by axis, and pattern of each tile."""
     per_axis = tile_axes(axes)
     tiles = list(product(*(range(len(tiles.query)) for tiles in per_axis)))
     chunks = []
@@ -123,24 +123,49 @@ def _outer_sum(per_axis: list[Tensor], sizes: list[int]) -> Tensor:
     return joined
 
 
-class _Chunk(NamedTuple):
-    """Tiles worked on together: `n = b * heads_kv * T` dense problems of `R = heads / heads_kv * Q` queries."""
+class _Tiles(NamedTuple):
+    """`T` tiles, to be worked on together for `b` samples at a time: `n = b * heads_kv * T` dense problems.
 
-    batch: slice
-    shape: tuple[int, int, int]  # b, heads_kv, T
-    query_rows: Tensor  # [n * R] among the query's `B * tokens * heads` rows
-    key_rows: Tensor  # [n * K] among the key's `B * tokens * heads_kv` rows
-    padding: Tensor | None  # bool [n, R, 1], queries that repeat another; None if there are none
+    Each is a matrix of `R = heads / heads_kv * Q` queries and one of `K` keys.
+    """
+
+    batches: list[slice]  # of up to b samples
+    query_rows: Tensor  # [b, heads_kv, T, R] of the first samples among the query's `B * tokens * heads` rows
+    key_rows: Tensor  # [b, heads_kv, T, K] of the first samples among the key's `B * tokens * heads_kv` rows
+    padding: Tensor | None  # bool [b, heads_kv, T, R], queries that repeat another; None if there are none
     bias: Tensor  # [heads_kv * P, R * (K + M)], -inf outside the neighborhood; M additional keys
-    bias_rows: Tensor  # [n] each problem's row of the bias
+    bias_rows: Tensor  # [b, heads_kv, T] each problem's row of the bias
     bias_index: Tensor  # [P, Q, K] into a head's row of the bias table, whose last entry is for pairs outside
 
 
-def _rows(tokens: Tensor, batch: slice, map_size: int, heads: int, heads_kv: int) -> Tensor:
-    """Rows of tokens `[T, Q]` among `B * map_size * heads`, ordered as `[b, heads_kv, T, heads / heads_kv, Q]`."""
-    sample = torch.arange(batch.start, batch.stop, device=tokens.device).reshape(-1, 1, 1, 1, 1)
+class _Chunk(NamedTuple):
+    """Tiles of some samples; names as in `_Tiles`."""
+
+    batch: slice
+    shape: tuple[int, int, int]  # b, heads_kv, T
+    query_rows: Tensor  # [n * R]
+    key_rows: Tensor  # [n * K]
+    padding: Tensor | None  # [n, R, 1]
+    bias_rows: Tensor  # [n]
+
+
+def _chunk(tiles: _Tiles, batch: slice, query: Tensor, key: Tensor) -> _Chunk:
+    b = batch.stop - batch.start
+    return _Chunk(
+        batch,
+        (b, *tiles.bias_rows.shape[1:]),
+        (tiles.query_rows[:b] + batch.start * prod(query.shape[1:-1])).flatten(),
+        (tiles.key_rows[:b] + batch.start * prod(key.shape[1:-1])).flatten(),
+        None if tiles.padding is None else tiles.padding[:b].flatten(0, 2)[..., None],
+        tiles.bias_rows[:b].flatten(),
+    )
+
+
+def _rows(tokens: Tensor, batch_size: int, map_size: int, heads: int, heads_kv: int) -> Tensor:
+    """Rows `[batch, heads_kv, T, heads / heads_kv * Q]` of tokens `[T, Q]` among `batch * map_size * heads`."""
+    sample = torch.arange(batch_size, device=tokens.device).reshape(-1, 1, 1, 1, 1)
     head = torch.arange(heads, device=tokens.device).reshape(1, heads_kv, 1, -1, 1)
-    return (sample * (map_size * heads) + (tokens[:, None] * heads + head)).flatten()
+    return (sample * (map_size * heads) + (tokens[:, None] * heads + head)).flatten(3)
 
 
 def _bias_table(axes: tuple[Axis, ...], rpb: Tensor | None, dtype: torch.dtype, device: torch.device) -> Tensor:
@@ -152,9 +177,9 @@ def _bias_table(axes: tuple[Axis, ...], rpb: Tensor | None, dtype: torch.dtype, 
     return torch.nn.functional.pad(flat, (0, 1), value=float("-inf"))
 
 
-def _chunks(
-    query: Tensor, key: Tensor, axes: tuple[Axis, ...], table: Tensor, additional: int, single: bool
-) -> Iterator[_Chunk]:
+def _tiles(
+    query: Tensor, key: Tensor, axes: tuple[Axis, ...], table: Tensor, additional: int, single_chunk: bool
+) -> Iterator[_Tiles]:
     """Cuts a problem into chunks, or into a single one; `table` is the bias table `[heads or 1, positions + 1]`."""
     batch_size, heads, heads_kv = query.shape[0], query.shape[-2], key.shape[-2]
     group = heads // heads_kv
@@ -162,12 +187,13 @@ def _chunks(
     count = prod(len(tiles.query) for tiles in per_axis)
     tile_scores = heads * prod(len(tiles.query[0]) * len(tiles.key[0]) for tiles in per_axis)
     has_padding = any(1 in padding for tiles in per_axis for padding in tiles.padding)
-    if single:
-        tile_step, batches = count, [slice(0, batch_size)]
+    if single_chunk:
+        tile_step, batch_step, batches = count, batch_size, [slice(0, batch_size)]
     else:
         tile_step = min(max(1, CHUNK_SCORES // tile_scores), count)
-        step = max(1, CHUNK_SCORES // (tile_scores * tile_step))
-        batches = [slice(start, min(start + step, batch_size)) for start in range(0, batch_size, step)]
+        batch_step = max(1, CHUNK_SCORES // (tile_scores * tile_step))
+        batches = [slice(i, min(i + batch_step, batch_size)) for i in range(0, batch_size, batch_step)]
+        batch_step = min(batch_step, batch_size)
 
     lengths = [axis.length for axis in axes]
     biases = [2 * axis.kernel_size - 1 for axis in axes]
@@ -175,13 +201,14 @@ def _chunks(
         tiles = [torch.tensor(i) for i in tiles_by_axis]
         query_tokens = _outer_sum([torch.tensor(a.query)[i] for a, i in zip(per_axis, tiles, strict=True)], lengths)
         key_tokens = _outer_sum([torch.tensor(a.key)[i] for a, i in zip(per_axis, tiles, strict=True)], lengths)
-        padding = _outer_sum([torch.tensor(a.padding)[i] for a, i in zip(per_axis, tiles, strict=True)], lengths) > 0
+        padding = None
+        if has_padding:
+            padding = _outer_sum([torch.tensor(a.padding)[i] for a, i in zip(per_axis, tiles, strict=True)], lengths)
+            padding = (padding > 0)[:, None].expand(batch_step, heads_kv, -1, group, -1).flatten(3).to(query.device)
 
         offsets = []
         for axis, a, which in zip(axes, per_axis, patterns_by_axis, strict=True):
-            position, start, end = (
-                torch.tensor(x)[torch.tensor(which)][..., None] for x in (a.position, a.start, a.end)
-            )
+            position, start, end = torch.tensor([a.position, a.start, a.end])[:, torch.tensor(which), :, None]
             key_position = torch.arange(len(a.key[0]))
             offset = key_position - position + axis.kernel_size - 1
             offsets.append(offset.where((key_position >= start) & (key_position < end), table.shape[1]))
@@ -192,29 +219,22 @@ def _chunks(
         bias = torch.nn.functional.pad(bias, (0, additional)).flatten(0, 1).flatten(1)
         bias_rows = torch.arange(heads_kv)[:, None] * len(bias_index) + torch.tensor(pattern_of_tile)
 
-        query_tokens, key_tokens, padding, bias_rows = (
-            x.to(query.device) for x in (query_tokens, key_tokens, padding, bias_rows)
+        yield _Tiles(
+            batches,
+            _rows(query_tokens.to(query.device), batch_step, prod(lengths), heads, heads_kv),
+            _rows(key_tokens.to(query.device), batch_step, prod(lengths), heads_kv, heads_kv),
+            padding,
+            bias,
+            bias_rows.to(query.device).expand(batch_step, -1, -1),
+            bias_index,
         )
-        for batch in batches:
-            b = batch.stop - batch.start
-            is_padding = padding[:, None].expand(b, heads_kv, -1, group, -1)
-            yield _Chunk(
-                batch,
-                (b, heads_kv, len(pattern_of_tile)),
-                _rows(query_tokens, batch, prod(lengths), heads, heads_kv),
-                _rows(key_tokens, batch, prod(lengths), heads_kv, heads_kv),
-                is_padding.flatten(3).flatten(0, 2)[..., None] if has_padding else None,
-                bias,
-                bias_rows.expand(b, -1, -1).flatten(),
-                bias_index,
-            )
 
 
 def _gather(x: Tensor, rows: Tensor, additional: Tensor | None, chunk: _Chunk, dtype: torch.dtype) -> Tensor:
-    """A chunk's matrices `[n, rows + M, width]` of `x [all rows, width]` and `additional [B, M, heads_kv, width]`."""
+    """A chunk's matrices `[n, rows + M, width]` of `x [..., width]` and `additional [B, M, heads_kv, width]`."""
     b, heads_kv, tiles = chunk.shape
     width = x.shape[-1]
-    matrices = x.index_select(0, rows).to(dtype).reshape(b * heads_kv * tiles, -1, width)
+    matrices = x.reshape(-1, width).index_select(0, rows).to(dtype).reshape(b * heads_kv * tiles, -1, width)
     if additional is None:
         return matrices
     extra = additional[chunk.batch].transpose(1, 2).to(dtype).unsqueeze(2)
@@ -222,9 +242,9 @@ def _gather(x: Tensor, rows: Tensor, additional: Tensor | None, chunk: _Chunk, d
     return torch.cat([matrices, extra], dim=1)
 
 
-def _scores(query: Tensor, key: Tensor, chunk: _Chunk, scale: float) -> Tensor:
+def _scores(query: Tensor, key: Tensor, bias: Tensor, bias_rows: Tensor, scale: float) -> Tensor:
     """Scaled and biased scores `[n, R, K + M]` of one chunk's matrices, to base 2: exp2 is faster than exp."""
-    bias = chunk.bias.index_select(0, chunk.bias_rows).reshape(*query.shape[:2], key.shape[1])
+    bias = bias.index_select(0, bias_rows).reshape(*query.shape[:2], key.shape[1])
     return bias.baddbmm_(query, key.mT, alpha=scale * LOG2_E)
 
 
@@ -249,21 +269,23 @@ class _BlockedAttention(torch.autograd.Function):
         table = _bias_table(axes, rpb, dtype, query.device)
         additional = 0 if additional_keys is None else additional_keys.shape[1]
         width = value.shape[-1]
+        query, key, value = query.contiguous(), key.contiguous(), value.contiguous()
         output = query.new_empty(*query.shape[:-1], width)
         lse = query.new_empty(query.shape[:-1], dtype=dtype)  # to base 2
-        query_all, key_all, value_all = (x.reshape(-1, x.shape[-1]) for x in (query, key, value))
-        for chunk in _chunks(query, key, axes, table, additional, single_chunk):
-            q = _gather(query_all, chunk.query_rows, None, chunk, dtype)
-            k = _gather(key_all, chunk.key_rows, additional_keys, chunk, dtype)
-            v = _gather(value_all, chunk.key_rows, additional_values, chunk, dtype)
-            scores = _scores(q, k, chunk, scale)
-            highest = scores.amax(-1, keepdim=True)
-            weights = scores.sub_(highest).exp2_()
-            total = weights.sum(-1, keepdim=True)
-            out = (weights @ v).div_(total)
-            # A padding slot holds the same query as its owner, so that it is no matter which of them is written last.
-            output.view(-1, width).index_copy_(0, chunk.query_rows, out.reshape(-1, width).to(output.dtype))
-            lse.view(-1).index_copy_(0, chunk.query_rows, total.log2_().add_(highest).flatten())
+        for tiles in _tiles(query, key, axes, table, additional, single_chunk):
+            for batch in tiles.batches:
+                chunk = _chunk(tiles, batch, query, key)
+                q = _gather(query, chunk.query_rows, None, chunk, dtype)
+                k = _gather(key, chunk.key_rows, additional_keys, chunk, dtype)
+                v = _gather(value, chunk.key_rows, additional_values, chunk, dtype)
+                scores = _scores(q, k, tiles.bias, chunk.bias_rows, scale)
+                highest = scores.amax(-1, keepdim=True)
+                weights = scores.sub_(highest).exp2_()
+                total = weights.sum(-1, keepdim=True)
+                out = (weights @ v).div_(total)
+                # A padding slot holds the same query as its owner: it is no matter which of them is written last.
+                output.view(-1, width).index_copy_(0, chunk.query_rows, out.flatten(0, 1).to(output.dtype))
+                lse.view(-1).index_copy_(0, chunk.query_rows, total.log2_().add_(highest).flatten())
         ctx.save_for_backward(query, key, value, rpb, additional_keys, additional_values, output, lse)
         ctx.axes, ctx.scale, ctx.single_chunk = axes, scale, single_chunk
         return output, lse / LOG2_E if return_lse else None
@@ -283,32 +305,33 @@ class _BlockedAttention(torch.autograd.Function):
         assert grad_query is not None and grad_key is not None and grad_value is not None and grad_table is not None
         # What the softmax takes off the gradient of every score: sum over j of p_j * dp_j = output . grad_output.
         delta = (output.to(dtype) * grad_output).sum(-1)
-        delta = (delta if grad_lse is None else delta - grad_lse).flatten()
-        query_all, key_all, value_all, grad_output_all = (
-            x.reshape(-1, x.shape[-1]) for x in (query, key, value, grad_output)
-        )
+        delta = delta if grad_lse is None else delta - grad_lse
         with without_autocast(query.device):
-            for chunk in _chunks(query, key, axes, table, additional, single_chunk):
-                q = _gather(query_all, chunk.query_rows, None, chunk, dtype)
-                k = _gather(key_all, chunk.key_rows, additional_keys, chunk, dtype)
-                v = _gather(value_all, chunk.key_rows, additional_values, chunk, dtype)
-                grad_out = _gather(grad_output_all, chunk.query_rows, None, chunk, dtype)
-                chunk_lse = lse.view(-1).index_select(0, chunk.query_rows).reshape(*q.shape[:2], 1)
-                if chunk.padding is not None:
-                    chunk_lse = chunk_lse.masked_fill(chunk.padding, float("inf"))  # probabilities become 0
-                probabilities = _scores(q, k, chunk, scale).sub_(chunk_lse).exp2_()
-                chunk_delta = delta.index_select(0, chunk.query_rows).reshape(*q.shape[:2], 1)
-                grad_scores = (grad_out @ v.mT).sub_(chunk_delta).mul_(probabilities)
-
-                _scatter_add(grad_query, chunk.query_rows, grad_scores @ k, None, chunk)
-                _scatter_add(grad_key, chunk.key_rows, grad_scores.mT @ q, grad_additional_keys, chunk)
-                _scatter_add(grad_value, chunk.key_rows, probabilities.mT @ grad_out, grad_additional_values, chunk)
+            for tiles in _tiles(query, key, axes, table, additional, single_chunk):
+                grad_bias = torch.zeros_like(tiles.bias)
+                for batch in tiles.batches:
+                    chunk = _chunk(tiles, batch, query, key)
+                    q = _gather(query, chunk.query_rows, None, chunk, dtype)
+                    k = _gather(key, chunk.key_rows, additional_keys, chunk, dtype)
+                    v = _gather(value, chunk.key_rows, additional_values, chunk, dtype)
+                    grad_out = _gather(grad_output, chunk.query_rows, None, chunk, dtype)
+                    chunk_lse, chunk_delta = (
+                        x.view(-1).index_select(0, chunk.query_rows).reshape(*q.shape[:2], 1) for x in (lse, delta)
+                    )
+                    if chunk.padding is not None:
+                        chunk_lse = chunk_lse.masked_fill(chunk.padding, float("inf"))  # probabilities become 0
+                    probabilities = _scores(q, k, tiles.bias, chunk.bias_rows, scale).sub_(chunk_lse).exp2_()
+                    grad_scores = (grad_out @ v.mT).sub_(chunk_delta).mul_(probabilities)
+                    _scatter_add(grad_query, chunk.query_rows, grad_scores @ k, None, chunk)
+                    _scatter_add(grad_key, chunk.key_rows, grad_scores.mT @ q, grad_additional_keys, chunk)
+                    _scatter_add(grad_value, chunk.key_rows, probabilities.mT @ grad_out, grad_additional_values, chunk)
+                    if rpb is not None:
+                        grad_bias.index_add_(0, chunk.bias_rows, grad_scores.flatten(1))
                 if rpb is not None:
-                    patterns, queries, keys = chunk.bias_index.shape
-                    grad_bias = torch.zeros_like(chunk.bias).index_add_(0, chunk.bias_rows, grad_scores.flatten(1))
-                    grad_bias = grad_bias.reshape(-1, patterns, len(table) // key.shape[-2], queries, keys + additional)
+                    patterns, queries, keys = tiles.bias_index.shape
+                    grad_bias = grad_bias.reshape(key.shape[-2], patterns, -1, queries, keys + additional)
                     grad_bias = grad_bias[..., :keys].transpose(1, 2).reshape(len(table), -1)
-                    grad_table.index_add_(1, chunk.bias_index.flatten(), grad_bias)
+                    grad_table.index_add_(1, tiles.bias_index.flatten(), grad_bias)
         grad_rpb = None if rpb is None else grad_table[:, :-1].reshape(rpb.shape)
         for g in (grad_query, grad_key, grad_additional_keys):
             if g is not None:
