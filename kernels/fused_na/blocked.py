@@ -7,108 +7,102 @@ there is one chunk, so that the batch may be dynamic.
 """
 
 from collections.abc import Iterator
-from functools import lru_cache
-from itertools import product
-from math import ceil, e, log2, prod
+from math import e, log2, prod
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from fused_na.precision import compute_dtype, without_autocast
-from fused_na.window import Axis, group_members, window
+from fused_na.tiling import Tiles, tile_axes, tile_map
+from fused_na.window import Axis
 
 CHUNK_SCORES = 1 << 18  # scores held at a time: 1 MiB of float32
 LOG2_E = log2(e)
 
 
-class AxisTiles(NamedTuple):
-    """The tiles of one axis: `T` tiles of `Q` queries that see `K` keys, with `P` different patterns of who sees whom.
+class _Block(NamedTuple):
+    """`T` tiles, worked on together for up to `b` samples at a time: `n = b * heads_kv * T` dense problems.
 
-    Lists, not tensors, for they are cached, and a trace in progress would leave its own tensors in the cache.
+    Each is a matrix of `R = heads / heads_kv * Q` queries and one of `K` keys.
     """
 
-    query: list[list[int]]  # [T][Q] coordinates; a tile that is not full repeats its group's last one
-    padding: list[list[int]]  # [T][Q] 1 where a query is such a repetition, else 0
-    key: list[list[int]]  # [T][K] coordinates
-    pattern: list[int]  # [T]
-    position: list[list[int]]  # [P][Q] queries, counted within the dilation group from the tile's first key
-    start: list[list[int]]  # [P][Q] window of each query, counted likewise
-    end: list[list[int]]  # [P][Q]
+    query_rows: Tensor  # [b, heads_kv, T, R] of the first samples among the query's `B * tokens * heads` rows
+    key_rows: Tensor  # [b, heads_kv, T, K] of the first samples among the key's `B * tokens * heads_kv` rows
+    padding: Tensor | None  # bool [b, heads_kv, T, R], queries that repeat another; None if there are none
+    bias: Tensor  # [heads_kv * P, R * (K + M)], -inf outside the neighborhood; M additional keys
+    bias_rows: Tensor  # [b, heads_kv, T] each problem's row of the bias
+    bias_index: Tensor  # [P, Q, K] into a head's row of the bias table, whose last entry is for pairs outside
+    batches: list[slice]  # the samples, b at a time
 
-
-def tile_axis(axis: Axis, size: int) -> AxisTiles:
-    """Cuts one axis, dilation group by dilation group, into tiles of `size` queries."""
-    tiles = AxisTiles([], [], [], [], [], [], [])
-    patterns: dict[tuple, int] = {}
-    spans = []
-    for group in range(axis.dilation):
-        members = group_members(axis, group)
-        for begin in range(0, group_members(axis, 0), size):
-            query = [min(i, members - 1) for i in range(begin, begin + size)]
-            windows = [window(axis, i, members) for i in query]
-            first = windows[0][0]
-            pattern = tuple(
-                (i - first, start - first, end - first) for i, (start, end) in zip(query, windows, strict=True)
+    def chunks(self, query: Tensor, key: Tensor) -> Iterator["_Chunk"]:
+        """The same tiles of all samples; `query` and `key` as in `attend`."""
+        for batch in self.batches:
+            b = batch.stop - batch.start
+            yield _Chunk(
+                batch,
+                (b, *self.bias_rows.shape[1:]),
+                (self.query_rows[:b] + batch.start * prod(query.shape[1:-1])).flatten(),
+                (self.key_rows[:b] + batch.start * prod(key.shape[1:-1])).flatten(),
+                None if self.padding is None else self.padding[:b].flatten(0, 2)[..., None],
+                self.bias_rows[:b].flatten(),
             )
-            tiles.query.append([i * axis.dilation + group for i in query])
-            tiles.padding.append([int(i >= members) for i in range(begin, begin + size)])
-            tiles.pattern.append(patterns.setdefault(pattern, len(patterns)))
-            spans.append((group, members, first, windows[-1][1]))
-    keys = max(end - first for _, _, first, end in spans)
-    for group, members, first, _ in spans:
-        tiles.key.append([min(j, members - 1) * axis.dilation + group for j in range(first, first + keys)])
-    for pattern in patterns:
-        for table, column in zip((tiles.position, tiles.start, tiles.end), zip(*pattern, strict=True), strict=True):
-            table.append(list(column))
-    return tiles
 
 
-def _tile_sizes(axis: Axis) -> list[tuple[int, int, int]]:
-    """(queries a tile, tiles, keys a tile) for every even split of the axis into tiles of at most 64 queries."""
-    members = group_members(axis, 0)
-    splits = []
-    for size in sorted({ceil(members / parts) for parts in range(1, members + 1)}):
-        if size <= 64:
-            edges = [(begin, min(begin + size, members) - 1) for begin in range(0, members, size)]
-            keys = max(window(axis, last, members)[1] - window(axis, first, members)[0] for first, last in edges)
-            splits.append((size, len(edges) * axis.dilation, keys))
-    return splits
+class _Chunk(NamedTuple):
+    """A block's tiles of some samples, flat; names as in `_Block`."""
+
+    batch: slice
+    shape: tuple[int, int, int]  # b, heads_kv, T
+    query_rows: Tensor  # [n * R]
+    key_rows: Tensor  # [n * K]
+    padding: Tensor | None  # [n, R, 1]
+    bias_rows: Tensor  # [n]
 
 
-def choose_tile(axes: tuple[Axis, ...]) -> tuple[int, ...]:
-    """Queries per tile and axis that minimise an estimate of the time (weights measured on a CPU with AVX-512)."""
-
-    def cost(choice: tuple[tuple[int, int, int], ...]) -> float:
-        queries, tiles, keys = (prod(column) for column in zip(*choice, strict=True))
-        # Gathering a key and its value costs about as much as 8 scores, and products of few rows run slowly.
-        return tiles * keys * (queries + 8) * (1 + 4 / queries)
-
-    best = min(product(*map(_tile_sizes, axes)), key=cost)
-    return tuple(queries for queries, _, _ in best)
-
-
-@lru_cache(maxsize=256)
-def tile_axes(axes: tuple[Axis, ...]) -> tuple[AxisTiles, ...]:
-    """The tiles of every axis."""
-    return tuple(tile_axis(axis, size) for axis, size in zip(axes, choose_tile(axes), strict=True))
-
-
-@lru_cache(maxsize=256)
-def _tile_chunks(axes: tuple[Axis, ...], size: int) -> list[tuple[list, list, list[int]]]:
-    """Cuts the tiles into chunks of `size`: each one's tiles by axis, patterns by axis, and pattern of each tile."""
+def _blocks(
+    query: Tensor, key: Tensor, axes: tuple[Axis, ...], table: Tensor, additional: int, single_chunk: bool
+) -> Iterator[_Block]:
+    """Cuts a problem into blocks of chunks, or into a single one; `table` as from `_bias_table`."""
+    batch_size, heads, heads_kv = query.shape[0], query.shape[-2], key.shape[-2]
     per_axis = tile_axes(axes)
-    tiles = list(product(*(range(len(tiles.query)) for tiles in per_axis)))
-    chunks = []
-    for begin in range(0, len(tiles), size):
-        chunk = tiles[begin : begin + size]
-        patterns: dict[tuple, int] = {}
-        pattern_of_tile = [
-            patterns.setdefault(tuple(a.pattern[i] for a, i in zip(per_axis, tile, strict=True)), len(patterns))
-            for tile in chunk
-        ]
-        chunks.append((list(zip(*chunk, strict=True)), list(zip(*patterns, strict=True)), pattern_of_tile))
-    return chunks
+    count = prod(len(a.query) for a in per_axis)
+    tile_scores = heads * prod(len(a.query[0]) * len(a.key[0]) for a in per_axis)
+    has_padding = any(1 in row for a in per_axis for row in a.padding)
+    if single_chunk:
+        tile_step, batch_step, batches = count, batch_size, [slice(0, batch_size)]
+    else:
+        tile_step = min(max(1, CHUNK_SCORES // tile_scores), count)
+        batch_step = max(1, CHUNK_SCORES // (tile_scores * tile_step))
+        batches = [slice(i, min(i + batch_step, batch_size)) for i in range(0, batch_size, batch_step)]
+        batch_step = min(batch_step, batch_size)
+
+    lengths = [axis.length for axis in axes]
+    for tiles in tile_map(axes, tile_step):
+        query_tokens, key_tokens, padding = (
+            _tokens(tables, tiles, lengths).to(query.device)
+            for tables in zip(*((a.query, a.key, a.padding) for a in per_axis), strict=True)
+        )
+        is_padding = (padding > 0)[:, None].expand(batch_step, heads_kv, -1, heads // heads_kv, -1).flatten(3)
+        bias_index = _bias_index(axes, tiles).to(query.device)
+        bias = table.index_select(1, bias_index.flatten()).reshape(-1, *bias_index.shape)
+        bias = bias.expand(heads, -1, -1, -1).reshape(heads_kv, -1, *bias_index.shape).transpose(1, 2)
+        bias_rows = torch.arange(heads_kv)[:, None] * len(tiles.patterns[0]) + torch.tensor(tiles.pattern)
+        yield _Block(
+            _rows(query_tokens, batch_step, prod(lengths), heads, heads_kv),
+            _rows(key_tokens, batch_step, prod(lengths), heads_kv, heads_kv),
+            is_padding if has_padding else None,
+            torch.nn.functional.pad(bias, (0, additional)).flatten(0, 1).flatten(1),
+            bias_rows.to(query.device).expand(batch_step, -1, -1),
+            bias_index,
+            batches,
+        )
+
+
+def _tokens(tables: tuple[list[list[int]], ...], tiles: Tiles, lengths: list[int]) -> Tensor:
+    """Tokens of the map `[T, Q]` from each axis's coordinates `[its tiles][Q]`; or `K` keys instead of queries."""
+    per_axis = [torch.tensor(table)[torch.tensor(i)] for table, i in zip(tables, tiles.tiles, strict=True)]
+    return _outer_sum(per_axis, lengths)
 
 
 def _outer_sum(per_axis: list[Tensor], sizes: list[int]) -> Tensor:
@@ -123,49 +117,24 @@ def _outer_sum(per_axis: list[Tensor], sizes: list[int]) -> Tensor:
     return joined
 
 
-class _Tiles(NamedTuple):
-    """`T` tiles, to be worked on together for `b` samples at a time: `n = b * heads_kv * T` dense problems.
-
-    Each is a matrix of `R = heads / heads_kv * Q` queries and one of `K` keys.
-    """
-
-    batches: list[slice]  # of up to b samples
-    query_rows: Tensor  # [b, heads_kv, T, R] of the first samples among the query's `B * tokens * heads` rows
-    key_rows: Tensor  # [b, heads_kv, T, K] of the first samples among the key's `B * tokens * heads_kv` rows
-    padding: Tensor | None  # bool [b, heads_kv, T, R], queries that repeat another; None if there are none
-    bias: Tensor  # [heads_kv * P, R * (K + M)], -inf outside the neighborhood; M additional keys
-    bias_rows: Tensor  # [b, heads_kv, T] each problem's row of the bias
-    bias_index: Tensor  # [P, Q, K] into a head's row of the bias table, whose last entry is for pairs outside
-
-
-class _Chunk(NamedTuple):
-    """Tiles of some samples; names as in `_Tiles`."""
-
-    batch: slice
-    shape: tuple[int, int, int]  # b, heads_kv, T
-    query_rows: Tensor  # [n * R]
-    key_rows: Tensor  # [n * K]
-    padding: Tensor | None  # [n, R, 1]
-    bias_rows: Tensor  # [n]
-
-
-def _chunk(tiles: _Tiles, batch: slice, query: Tensor, key: Tensor) -> _Chunk:
-    b = batch.stop - batch.start
-    return _Chunk(
-        batch,
-        (b, *tiles.bias_rows.shape[1:]),
-        (tiles.query_rows[:b] + batch.start * prod(query.shape[1:-1])).flatten(),
-        (tiles.key_rows[:b] + batch.start * prod(key.shape[1:-1])).flatten(),
-        None if tiles.padding is None else tiles.padding[:b].flatten(0, 2)[..., None],
-        tiles.bias_rows[:b].flatten(),
-    )
-
-
 def _rows(tokens: Tensor, batch_size: int, map_size: int, heads: int, heads_kv: int) -> Tensor:
     """Rows `[batch, heads_kv, T, heads / heads_kv * Q]` of tokens `[T, Q]` among `batch * map_size * heads`."""
     sample = torch.arange(batch_size, device=tokens.device).reshape(-1, 1, 1, 1, 1)
     head = torch.arange(heads, device=tokens.device).reshape(1, heads_kv, 1, -1, 1)
     return (sample * (map_size * heads) + (tokens[:, None] * heads + head)).flatten(3)
+
+
+def _bias_index(axes: tuple[Axis, ...], tiles: Tiles) -> Tensor:
+    """Index of each pair of a tile's query and key into the bias table `[P, Q, K]`; the last entry outside windows."""
+    sizes = [2 * axis.kernel_size - 1 for axis in axes]
+    offsets = []
+    for axis, a, which in zip(axes, tile_axes(axes), tiles.patterns, strict=True):
+        position, start, end = torch.tensor([a.position, a.start, a.end])[:, torch.tensor(which), :, None]
+        key = torch.arange(len(a.key[0]))
+        offset = key - position + axis.kernel_size - 1
+        # On one axis outside is enough to exceed all positions.
+        offsets.append(offset.where((key >= start) & (key < end), prod(sizes)))
+    return _outer_sum(offsets, sizes).clamp(max=prod(sizes))
 
 
 def _bias_table(axes: tuple[Axis, ...], rpb: Tensor | None, dtype: torch.dtype, device: torch.device) -> Tensor:
@@ -175,59 +144,6 @@ def _bias_table(axes: tuple[Axis, ...], rpb: Tensor | None, dtype: torch.dtype, 
     else:
         flat = rpb.flatten(1).to(dtype) * LOG2_E
     return torch.nn.functional.pad(flat, (0, 1), value=float("-inf"))
-
-
-def _tiles(
-    query: Tensor, key: Tensor, axes: tuple[Axis, ...], table: Tensor, additional: int, single_chunk: bool
-) -> Iterator[_Tiles]:
-    """Cuts a problem into chunks, or into a single one; `table` is the bias table `[heads or 1, positions + 1]`."""
-    batch_size, heads, heads_kv = query.shape[0], query.shape[-2], key.shape[-2]
-    group = heads // heads_kv
-    per_axis = tile_axes(axes)
-    count = prod(len(tiles.query) for tiles in per_axis)
-    tile_scores = heads * prod(len(tiles.query[0]) * len(tiles.key[0]) for tiles in per_axis)
-    has_padding = any(1 in padding for tiles in per_axis for padding in tiles.padding)
-    if single_chunk:
-        tile_step, batch_step, batches = count, batch_size, [slice(0, batch_size)]
-    else:
-        tile_step = min(max(1, CHUNK_SCORES // tile_scores), count)
-        batch_step = max(1, CHUNK_SCORES // (tile_scores * tile_step))
-        batches = [slice(i, min(i + batch_step, batch_size)) for i in range(0, batch_size, batch_step)]
-        batch_step = min(batch_step, batch_size)
-
-    lengths = [axis.length for axis in axes]
-    biases = [2 * axis.kernel_size - 1 for axis in axes]
-    for tiles_by_axis, patterns_by_axis, pattern_of_tile in _tile_chunks(axes, tile_step):
-        tiles = [torch.tensor(i) for i in tiles_by_axis]
-        query_tokens = _outer_sum([torch.tensor(a.query)[i] for a, i in zip(per_axis, tiles, strict=True)], lengths)
-        key_tokens = _outer_sum([torch.tensor(a.key)[i] for a, i in zip(per_axis, tiles, strict=True)], lengths)
-        padding = None
-        if has_padding:
-            padding = _outer_sum([torch.tensor(a.padding)[i] for a, i in zip(per_axis, tiles, strict=True)], lengths)
-            padding = (padding > 0)[:, None].expand(batch_step, heads_kv, -1, group, -1).flatten(3).to(query.device)
-
-        offsets = []
-        for axis, a, which in zip(axes, per_axis, patterns_by_axis, strict=True):
-            position, start, end = torch.tensor([a.position, a.start, a.end])[:, torch.tensor(which), :, None]
-            key_position = torch.arange(len(a.key[0]))
-            offset = key_position - position + axis.kernel_size - 1
-            offsets.append(offset.where((key_position >= start) & (key_position < end), table.shape[1]))
-        # One axis outside the window is enough to exceed every index into the table.
-        bias_index = _outer_sum(offsets, biases).clamp(max=table.shape[1] - 1).to(query.device)
-        bias = table.index_select(1, bias_index.flatten()).reshape(-1, *bias_index.shape)
-        bias = bias.expand(heads, -1, -1, -1).reshape(heads_kv, group, *bias_index.shape).transpose(1, 2)
-        bias = torch.nn.functional.pad(bias, (0, additional)).flatten(0, 1).flatten(1)
-        bias_rows = torch.arange(heads_kv)[:, None] * len(bias_index) + torch.tensor(pattern_of_tile)
-
-        yield _Tiles(
-            batches,
-            _rows(query_tokens.to(query.device), batch_step, prod(lengths), heads, heads_kv),
-            _rows(key_tokens.to(query.device), batch_step, prod(lengths), heads_kv, heads_kv),
-            padding,
-            bias,
-            bias_rows.to(query.device).expand(batch_step, -1, -1),
-            bias_index,
-        )
 
 
 def _gather(x: Tensor, rows: Tensor, additional: Tensor | None, chunk: _Chunk, dtype: torch.dtype) -> Tensor:
@@ -272,13 +188,12 @@ class _BlockedAttention(torch.autograd.Function):
         query, key, value = query.contiguous(), key.contiguous(), value.contiguous()
         output = query.new_empty(*query.shape[:-1], width)
         lse = query.new_empty(query.shape[:-1], dtype=dtype)  # to base 2
-        for tiles in _tiles(query, key, axes, table, additional, single_chunk):
-            for batch in tiles.batches:
-                chunk = _chunk(tiles, batch, query, key)
+        for block in _blocks(query, key, axes, table, additional, single_chunk):
+            for chunk in block.chunks(query, key):
                 q = _gather(query, chunk.query_rows, None, chunk, dtype)
                 k = _gather(key, chunk.key_rows, additional_keys, chunk, dtype)
                 v = _gather(value, chunk.key_rows, additional_values, chunk, dtype)
-                scores = _scores(q, k, tiles.bias, chunk.bias_rows, scale)
+                scores = _scores(q, k, block.bias, chunk.bias_rows, scale)
                 highest = scores.amax(-1, keepdim=True)
                 weights = scores.sub_(highest).exp2_()
                 total = weights.sum(-1, keepdim=True)
@@ -306,11 +221,11 @@ class _BlockedAttention(torch.autograd.Function):
         # What the softmax takes off the gradient of every score: sum over j of p_j * dp_j = output . grad_output.
         delta = (output.to(dtype) * grad_output).sum(-1)
         delta = delta if grad_lse is None else delta - grad_lse
+        grad_output = grad_output.contiguous()
         with without_autocast(query.device):
-            for tiles in _tiles(query, key, axes, table, additional, single_chunk):
-                grad_bias = torch.zeros_like(tiles.bias)
-                for batch in tiles.batches:
-                    chunk = _chunk(tiles, batch, query, key)
+            for block in _blocks(query, key, axes, table, additional, single_chunk):
+                grad_bias = torch.zeros_like(block.bias)
+                for chunk in block.chunks(query, key):
                     q = _gather(query, chunk.query_rows, None, chunk, dtype)
                     k = _gather(key, chunk.key_rows, additional_keys, chunk, dtype)
                     v = _gather(value, chunk.key_rows, additional_values, chunk, dtype)
@@ -320,7 +235,7 @@ class _BlockedAttention(torch.autograd.Function):
                     )
                     if chunk.padding is not None:
                         chunk_lse = chunk_lse.masked_fill(chunk.padding, float("inf"))  # probabilities become 0
-                    probabilities = _scores(q, k, tiles.bias, chunk.bias_rows, scale).sub_(chunk_lse).exp2_()
+                    probabilities = _scores(q, k, block.bias, chunk.bias_rows, scale).sub_(chunk_lse).exp2_()
                     grad_scores = (grad_out @ v.mT).sub_(chunk_delta).mul_(probabilities)
                     _scatter_add(grad_query, chunk.query_rows, grad_scores @ k, None, chunk)
                     _scatter_add(grad_key, chunk.key_rows, grad_scores.mT @ q, grad_additional_keys, chunk)
@@ -328,10 +243,10 @@ class _BlockedAttention(torch.autograd.Function):
                     if rpb is not None:
                         grad_bias.index_add_(0, chunk.bias_rows, grad_scores.flatten(1))
                 if rpb is not None:
-                    patterns, queries, keys = tiles.bias_index.shape
+                    patterns, queries, keys = block.bias_index.shape
                     grad_bias = grad_bias.reshape(key.shape[-2], patterns, -1, queries, keys + additional)
                     grad_bias = grad_bias[..., :keys].transpose(1, 2).reshape(len(table), -1)
-                    grad_table.index_add_(1, tiles.bias_index.flatten(), grad_bias)
+                    grad_table.index_add_(1, block.bias_index.flatten(), grad_bias)
         grad_rpb = None if rpb is None else grad_table[:, :-1].reshape(rpb.shape)
         for g in (grad_query, grad_key, grad_additional_keys):
             if g is not None:
