@@ -93,7 +93,7 @@ def build_model(model_cls: Callable[..., nn.Module], variant: str, pretrained: b
     if not pretrained:
         return build_model_with_cfg(model_cls, variant, pretrained, **kwargs)
     cfg = resolve_pretrained_cfg(variant, kwargs.get("pretrained_cfg"), kwargs.get("pretrained_cfg_overlay"))
-    source = _source(cfg.to_dict())
+    source = _source(vars(cfg))
     if cfg.file and not Path(cfg.file).exists():
         raise FileNotFoundError(f"there is no checkpoint {source}")
     try:
@@ -242,7 +242,9 @@ def resize_rpb(rpb: Tensor, size: Iterable[int]) -> Tensor:
 
 
 def _source(cfg: Mapping[str, Any]) -> str:
-    return next((str(cfg[key]) for key in ("file", "hf_hub_id", "url") if cfg.get(key)), "the given state dict")
+    if cfg.get("state_dict"):
+        return "the given state dict"
+    return next((str(cfg[key]) for key in ("file", "hf_hub_id", "url") if cfg.get(key)), "nowhere")
 
 
 def _reason(error: Exception) -> str:

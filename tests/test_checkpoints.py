@@ -107,6 +107,9 @@ def test_state_dict_in_memory() -> None:
     overlay = dict(state_dict={"model": state})
     model = timm.create_model("nat_mini", pretrained=True, pretrained_cfg_overlay=overlay, **config).eval()
     assert logits_error("nat", model) < 1e-4
+    overlay["state_dict"] = {"model": golden("dinat_s")[1]}
+    with pytest.raises(ValueError, match="the weights of the given state dict do not fit this NAT"):
+        timm.create_model("nat_mini", pretrained=True, pretrained_cfg_overlay=overlay, **config)
 
 
 # --- adaptation ------------------------------------------------------------------------------------------------------

@@ -404,6 +404,21 @@ def test_fx_tracing(name: str) -> None:
         torch.testing.assert_close(traced(batch)[nodes[-1]], model(batch))
 
 
+@pytest.mark.parametrize(
+    ("name", "config"),
+    [
+        ("dinat_tiny", dict(depths=(1, 1), num_heads=(1, 2), dilations=(8, 1))),
+        ("dinat_s_tiny", dict(depths=(1, 1), num_heads=(1, 2), dilations=(4, 1))),
+        ("vitrpb_small", dict(depth=2)),
+    ],
+)
+def test_compiles_without_graph_breaks(name: str, config: dict[str, Any]) -> None:
+    torch.compiler.reset()
+    model, batch = small(name, **config).eval(), images(2, 3, 48, 64)
+    with torch.no_grad():
+        torch.testing.assert_close(torch.compile(model, backend="aot_eager", fullgraph=True)(batch), model(batch))
+
+
 # --- one family only -------------------------------------------------------------------------------------------------
 
 
