@@ -37,7 +37,10 @@ class Candidate(NamedTuple):
 CANDIDATES = {
     # Windows of at most 512 tokens at head_dim up to 64: one warp a program, bound by instructions and latency.
     ("forward", "small"): [Candidate(32, 32, 1, 3, True, 120), Candidate(16, 64, 1, 3, True, 80)],
-    ("forward", "small volume"): [Candidate(32, 64, 1, 2, True, 170, by_row=True)],
+    ("forward", "small volume"): [
+        Candidate(32, 64, 1, 2, True, 170, by_row=True),
+        Candidate(32, 32, 1, 3, True, 100),  # where a clip's plane is smaller than a row's tile
+    ],
     ("query", "small"): [Candidate(32, 32, 1, 3, True, 100)],
     ("query", "small volume"): [Candidate(16, 32, 1, 2, True, 112), Candidate(32, 32, 1, 3, True, 110)],
     ("key_value", "small"): [Candidate(32, 32, 1, 2, False, 75)],
@@ -64,6 +67,10 @@ CANDIDATES = {
     ("key_value", "narrow"): [Candidate(64, 64, 4, 1, False, 147)],
     ("bias", "wide"): [Candidate(64, 64, 4, 1, False, 100)],
     ("bias", "narrow"): [Candidate(64, 64, 4, 1, False, 100)],
+    # A head_dim under 64 beside windows or another head_dim that are not small. Matrix units of single warps: warpgroup
+    # products of 32 columns gave a wrong output on an H100 for head_dim 72 with head_dim_v 24 (Triton 3.6).
+    **{(kernel, "mixed"): [Candidate(32, 32, 2, 2, False, 1)] for kernel in ("forward", "query", "key_value")},
+    ("bias", "mixed"): [Candidate(32, 32, 2, 1, False, 1)],
     # head_dim over 128, and float32 without tf32, which has no matrix units to use.
     ("forward", "widest"): [Candidate(64, 64, 8, 2, False, 1)],
     ("query", "widest"): [Candidate(64, 32, 8, 2, False, 1)],
@@ -79,14 +86,17 @@ CANDIDATES = {
 }
 
 
-def regime(axes: tuple[Axis, ...], width: int, itemsize: int) -> str:
+def regime(axes: tuple[Axis, ...], head_dim: int, head_dim_v: int, itemsize: int) -> str:
     """What a problem is bound by, as far as tiles are concerned; a second key of `CANDIDATES`."""
+    width = max(head_dim, head_dim_v)
     if itemsize == 4:
         return "float32" if width <= 128 else "widest float32"
     if prod(axis.kernel_size for axis in axes) <= 512 and width <= 64:
         if prod(axis.dilation for axis in axes) > 1:
             return "small dilated"
         return "small volume" if len(axes) == 3 else "small"
+    if min(head_dim, head_dim_v) <= 32:
+        return "mixed"
     if width <= 64:
         return "narrow"
     if width > 128:
@@ -167,7 +177,7 @@ def ranked_tiles(
         itemsize: bytes of an element, 2 or 4.
     """
     three = as_three_axes(axes)
-    which = regime(axes, max(head_dim, head_dim_v), itemsize)
+    which = regime(axes, head_dim, head_dim_v, itemsize)
     candidates = CANDIDATES.get((kernel, which)) or CANDIDATES[kernel, "small"]
     over_keys = kernel != "key_value"
     ranked = sorted(
