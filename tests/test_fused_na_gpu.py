@@ -46,6 +46,10 @@ def family(index: int) -> list[Problem]:
     kernel_size = tuple(draw.randint(1, draw.choice([3, 7, longest // 3, longest // 2])) for _ in range(rank))
     if index % 10 == 9:
         kernel_size = tuple(draw.randint(1, {1: 200, 2: 14, 3: 6}[rank]) for _ in range(rank))
+    while prod(kernel_size) < 6:
+        # The gradient of a softmax over very few keys is a small difference of large terms: rounding of the inputs alone
+        # exceeds any relative tolerance. The interpreter's tests cover such windows in float32.
+        kernel_size = tuple(draw.randint(2, 6) for _ in range(rank))
     stride = tuple(draw.choice([1, 1, k, draw.randint(1, k)]) for k in kernel_size)
     is_causal = tuple(draw.random() < 0.3 for _ in range(rank))
     head_dim = HEAD_DIMS[index % len(HEAD_DIMS)]

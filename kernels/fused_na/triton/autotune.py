@@ -7,6 +7,7 @@ is kept in `FUSED_NA_CACHE` (default `~/.cache/fused_na`), one JSON file for eac
 import json
 import os
 from collections.abc import Callable
+from functools import cache
 from pathlib import Path
 
 import torch
@@ -42,17 +43,29 @@ def measured_tiles(
         has_rpb: whether the call has a relative positional bias.
         run: launches the kernel with the given tiles.
     """
+    problem = (kernel, axes, head_dim, head_dim_v, itemsize)
     path = _cache_file()
-    found = json.loads(path.read_text()) if path.exists() else {}
+    found = _read(path)
     key = repr((kernel, tuple(map(tuple, axes)), head_dim, head_dim_v, itemsize, has_rpb))
     if key not in found:
-        found[key] = _measure(kernel, axes, head_dim, head_dim_v, itemsize, run)
-        path.parent.mkdir(parents=True, exist_ok=True)
-        unfinished = path.with_suffix(f".{os.getpid()}")
-        unfinished.write_text(json.dumps(found, indent=1))
-        unfinished.replace(path)  # several processes may tune at once; the last one to finish wins
+        if torch.cuda.is_available() and torch.cuda.is_current_stream_capturing():
+            return choose_tiles(*problem)  # nothing can be measured while a graph is captured
+        found[key] = _measure(*problem, run)
+        _write(path, found)
     query, keys, *rest = found[key]
     return Tiles(tuple(query), tuple(keys), *rest)
+
+
+@cache
+def _read(path: Path) -> dict:
+    return json.loads(path.read_text()) if path.exists() else {}
+
+
+def _write(path: Path, found: dict) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    unfinished = path.with_suffix(f".{os.getpid()}")
+    unfinished.write_text(json.dumps(found, indent=1))
+    unfinished.replace(path)  # several processes may tune at once; the last one to finish wins
 
 
 def _cache_file() -> Path:

@@ -1,0 +1,54 @@
+"""Tiles by measurement: what is timed, kept and read back."""
+
+import json
+from pathlib import Path
+
+import pytest
+
+from fused_na.window import Axis
+
+autotune = pytest.importorskip("fused_na.triton.autotune", reason="needs Triton")
+PROBLEM = ("forward", (Axis(28, 7), Axis(28, 7)), 64, 64, 2)
+
+
+@pytest.fixture
+def cache_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.setenv("FUSED_NA_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setattr(autotune.torch.cuda, "get_device_name", lambda: "Some GPU")
+    autotune._read.cache_clear()
+    return tmp_path / "cache" / f"Some-GPU-triton{autotune.triton.__version__}.json"
+
+
+def test_the_fastest_choice_is_found_and_kept(cache_file: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    ran = []
+
+    def bench(run, return_mode: str) -> float:
+        run()
+        return 1.0 if len(ran) == 2 else 2.0  # the second choice is the fastest
+
+    monkeypatch.setattr(autotune.triton.testing, "do_bench", bench)
+    tiles = autotune.measured_tiles(*PROBLEM, False, ran.append)
+    assert len(ran) >= 2 and tiles == ran[1] != autotune.choose_tiles(*PROBLEM)
+    assert len(json.loads(cache_file.read_text())) == 1
+
+    measured = len(ran)
+    autotune._read.cache_clear()  # as a new process would
+    assert autotune.measured_tiles(*PROBLEM, False, ran.append) == tiles and len(ran) == measured
+    autotune.measured_tiles(*PROBLEM, True, ran.append)
+    assert len(ran) > measured, "a problem with a bias is another one"
+
+
+def test_the_shipped_choice_is_always_measured(cache_file: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    ran = []
+    monkeypatch.setattr(autotune.triton.testing, "do_bench", lambda run, return_mode: run() or 1.0)
+    problem = ("forward", (Axis(28, 7), Axis(28, 7)), 32, 32, 2)
+    autotune.measured_tiles(*problem, False, ran.append)
+    assert autotune.choose_tiles(*problem) in ran and len(ran) <= autotune.MEASURED + 1
+
+
+@pytest.mark.parametrize(("value", "enabled"), [("1", True), ("0", False), (None, False)])
+def test_is_enabled(value: str | None, enabled: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("FUSED_NA_AUTOTUNE", raising=False)
+    if value is not None:
+        monkeypatch.setenv("FUSED_NA_AUTOTUNE", value)
+    assert autotune.is_enabled() is enabled
