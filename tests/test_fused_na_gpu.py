@@ -47,7 +47,7 @@ def family(index: int) -> list[Problem]:
     if index % 10 == 9:
         kernel_size = tuple(draw.randint(1, {1: 200, 2: 14, 3: 6}[rank]) for _ in range(rank))
     while prod(kernel_size) < 6:
-        # The gradient of a softmax over very few keys is a small difference of large terms: rounding of the inputs alone
+        # The gradient of a softmax over very few keys is a small difference of large terms: rounding of inputs alone
         # exceeds any relative tolerance. The interpreter's tests cover such windows in float32.
         kernel_size = tuple(draw.randint(2, 6) for _ in range(rank))
     stride = tuple(draw.choice([1, 1, k, draw.randint(1, k)]) for k in kernel_size)
