@@ -17,7 +17,7 @@ from fused_na.precision import compute_dtype, without_autocast
 from fused_na.tiling import Tiles, tile_axes, tile_map
 from fused_na.window import Axis
 
-CHUNK_SCORES = 1 << 18  # scores held at a time: 1 MiB of float32
+CHUNK_SCORES = 1 << 18  # scores held at a time for each thread: 1 MiB of float32
 LOG2_E = log2(e)
 
 
@@ -72,8 +72,9 @@ def _blocks(
     if single_chunk:
         tile_step, batch_step, batches = count, batch_size, [slice(0, batch_size)]
     else:
-        tile_step = min(max(1, CHUNK_SCORES // tile_scores), count)
-        batch_step = max(1, CHUNK_SCORES // (tile_scores * tile_step))
+        chunk_scores = CHUNK_SCORES * torch.get_num_threads()
+        tile_step = min(max(1, chunk_scores // tile_scores), count)
+        batch_step = max(1, chunk_scores // (tile_scores * tile_step))
         batches = [slice(i, min(i + batch_step, batch_size)) for i in range(0, batch_size, batch_step)]
         batch_step = min(batch_step, batch_size)
 
