@@ -13,8 +13,9 @@ help:  ## list the commands
 train: .venv/installed-train  ## train the default experiment, or another: make train ARGS="experiment=imagenet/nat_mini"
 	$(BIN)/python train.py $(ARGS)
 
+# On tensors as small as those of tests, threads wait for each other longer than they work.
 test: lint  ## check style and types, then run all tests that need neither a GPU nor the internet
-	$(BIN)/pytest -m "not gpu and not network"
+	OMP_NUM_THREADS=1 $(BIN)/pytest -m "not gpu and not network" --durations=10
 
 lint: .venv/installed-dev  ## check style and types
 	$(BIN)/ruff check
