@@ -9,7 +9,7 @@ from pathlib import Path
 import hydra
 from omegaconf import DictConfig, OmegaConf
 
-from nat_models.engine.build import build_evaluation_datamodule, plain, quiet_lightning
+from nat_models.engine.build import build_evaluation_datamodule, plain, prepare_process
 from nat_models.engine.checkpoint import find_checkpoint, read_checkpoint
 from nat_models.engine.errors import RUN_ERRORS, SETUP_ERRORS, exit_on
 from nat_models.engine.evaluation import evaluate, save_evaluation
@@ -19,13 +19,13 @@ from nat_models.engine.report import metric_rows, print_table
 @hydra.main(version_base="1.3", config_path="configs", config_name="eval")
 def main(cfg: DictConfig) -> None:
     """Evaluates, compares with what training recorded for the same checkpoint, and writes the report."""
-    quiet_lightning()
     with exit_on(SETUP_ERRORS):
         run_dir, checkpoint = find_checkpoint(cfg.run, cfg.ckpt_path)
         hparams = read_checkpoint(checkpoint)["hyper_parameters"]
         run_cfg = OmegaConf.create(plain(OmegaConf.load(run_dir / "config.yaml")))
         for group in ("data", "trainer"):
             run_cfg[group].update({key: value for key, value in cfg[group].items() if value is not None})
+        prepare_process(run_cfg)
         datamodule = build_evaluation_datamodule(run_cfg, hparams)
 
     with exit_on(RUN_ERRORS):

@@ -8,10 +8,9 @@ from datetime import timedelta
 from pathlib import Path
 
 import hydra
-import lightning
 from omegaconf import DictConfig
 
-from nat_models.engine.build import build_datamodule, build_module, build_trainer, plain
+from nat_models.engine.build import build_datamodule, build_module, build_trainer, plain, prepare_process
 from nat_models.engine.checkpoint import best_checkpoint, check_resumable
 from nat_models.engine.errors import RUN_ERRORS, SETUP_ERRORS, exit_on
 from nat_models.engine.evaluation import evaluate, save_evaluation
@@ -25,7 +24,7 @@ def main(cfg: DictConfig) -> float:
     """Trains, evaluates the best checkpoint, writes the report; returns its validation top-1 in 0..1."""
     run_dir = Path(cfg.run_dir)
     with exit_on(SETUP_ERRORS, run_dir):
-        lightning.seed_everything(cfg.seed, workers=True, verbose=False)
+        prepare_process(cfg)
         datamodule = build_datamodule(cfg)
         trainer = build_trainer(cfg)
         module = build_module(cfg, datamodule, trainer)

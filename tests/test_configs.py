@@ -12,7 +12,14 @@ from timm.data import Mixup, create_transform
 from timm.scheduler import create_scheduler_v2
 from training_runs import REPOSITORY, compose_train, train, write_image_folder
 
-from nat_models.engine.build import build_datamodule, build_module, build_trainer, effective_batch, learning_rate
+from nat_models.engine.build import (
+    build_datamodule,
+    build_module,
+    build_trainer,
+    effective_batch,
+    learning_rate,
+    quiet_lightning,
+)
 from nat_models.engine.classification import ClassificationModule
 
 EXPERIMENTS = REPOSITORY / "configs" / "experiment"
@@ -22,6 +29,11 @@ DEBUG = sorted(path.stem for path in (REPOSITORY / "configs" / "debug").glob("*.
 TINY = ["model.pretrained=false", "+model.model_kwargs.depths=[1,1,1,1]", "+model.model_kwargs.embed_dim=16"]
 TINY += ["+model.model_kwargs.num_heads=[1,2,4,8]"]
 TWO_STEPS = ["trainer.max_steps=2", "trainer.accelerator=cpu", "data.batch_size=4", "data.num_workers=0"]
+
+
+@pytest.fixture(autouse=True)
+def quiet():
+    quiet_lightning()
 
 
 def keys_read_by(function) -> set[str]:

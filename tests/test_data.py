@@ -102,6 +102,14 @@ def test_webdataset_shards(tmp_path):
     assert [int(label) for _, labels in data.val_dataloader() for label in labels] == [0, 1, 2, 0, 1, 2]
 
 
+@pytest.mark.parametrize("auto_augment", ["rand-m0-mstd0-inc0", "rand-m10-mstd0-inc0", "rand-m10-mstd0-inc1"])
+@pytest.mark.parametrize("in_chans", [1, 3])
+def test_randaugment_at_both_ends_of_its_range(auto_augment, in_chans):
+    data = ImageDataModule("fake", img_size=16, in_chans=in_chans, augmentation={"auto_augment": auto_augment})
+    data.setup("fit")
+    assert all(data.train_dataset[index % 8][0].isfinite().all() for index in range(300))
+
+
 @pytest.fixture
 def damaged_folder(tmp_path):
     """A folder whose first training and first validation image of `class_1` cannot be decoded."""

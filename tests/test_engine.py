@@ -135,6 +135,29 @@ def test_parameter_groups_follow_the_model():
     assert groups[id(first)]["lr"] == pytest.approx(groups[id(last)]["lr"] * 0.5**distance)
 
 
+def test_norms_biases_rpb_and_layer_scale_of_a_nat_are_not_decayed():
+    size = {"depths": [2, 1], "embed_dim": 16, "num_heads": [1, 2], "kernel_size": 3}
+    decayed = {"patch_embed.proj.0.weight", "patch_embed.proj.1.weight", "levels.0.downsample.reduction.weight"}
+    decayed |= {"head.weight"}
+    for block in ("levels.0.blocks.0", "levels.0.blocks.1", "levels.1.blocks.0"):
+        decayed |= {f"{block}.{name}.weight" for name in ("attn.qkv", "attn.proj", "mlp.fc1", "mlp.fc2")}
+    optimizer = {"opt": "adamw", "lr": 1.0, "weight_decay": 0.1}
+    for layer_decay in (None, 0.5):
+        module = ClassificationModule(
+            "nat_small", 10, in_chans=1, model_kwargs=size, optimizer=optimizer | {"layer_decay": layer_decay}
+        )
+        trainer = tiny_trainer(1)
+        trainer.fit(module, digits())
+        groups = {id(p): group for group in trainer.optimizers[0].param_groups for p in group["params"]}
+        names = {name for name, p in module.model.named_parameters() if groups[id(p)]["weight_decay"]}
+        assert names == decayed
+        assert any(name.endswith(".rpb") for name, _ in module.model.named_parameters())
+        assert any(name.endswith(".gamma1") for name, _ in module.model.named_parameters())
+    rates = {name: groups[id(p)]["lr"] for name, p in module.model.named_parameters()}
+    blocks = [rates[f"levels.{block}.mlp.fc1.weight"] for block in ("0.blocks.0", "0.blocks.1", "1.blocks.0")]
+    assert rates["patch_embed.proj.0.weight"] < blocks[0] < blocks[1] < blocks[2] < rates["head.weight"] == 1.0
+
+
 def test_metrics_agree_with_scikit_learn():
     module, data, recorder = tiny_module(), digits(batch_size=64), PredictionRecorder()
     data.setup("fit")

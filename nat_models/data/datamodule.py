@@ -6,10 +6,10 @@ from typing import Any
 import lightning
 import torch
 from lightning.pytorch.overrides.distributed import UnrepeatedDistributedSampler
-from timm.data import create_transform
 from torch.utils.data import DataLoader
 
 from nat_models.data.datasets import DecodedImages, class_names, create_source, is_streamed
+from nat_models.data.transforms import create_transform
 
 
 class ImageDataModule(lightning.LightningDataModule):

@@ -6,6 +6,7 @@ from typing import Any
 
 import lightning
 import timm
+import torch
 from hydra.utils import instantiate
 from omegaconf import DictConfig, OmegaConf
 from timm.data import resolve_data_config
@@ -51,7 +52,6 @@ def build_evaluation_datamodule(cfg: DictConfig, hparams: dict[str, Any]) -> Ima
 
 def build_trainer(cfg: DictConfig) -> lightning.Trainer:
     """The trainer of `cfg.trainer` with the callbacks and loggers of the config; a `null` entry drops one of them."""
-    quiet_lightning()
     callbacks = instantiate(cfg.callbacks, _convert_="all")
     loggers = instantiate(cfg.logger, _convert_="all")
     return lightning.Trainer(
@@ -95,6 +95,14 @@ def learning_rate(cfg: DictConfig, batch: int) -> float:
 def plain(cfg: Any) -> dict[str, Any]:
     """A config node as a resolved dict of plain values."""
     return OmegaConf.to_container(cfg, resolve=True)  # type: ignore[return-value]
+
+
+def prepare_process(cfg: DictConfig) -> None:
+    """Seeds every generator (workers' too) with `cfg.seed` and sets the number of threads."""
+    quiet_lightning()
+    lightning.seed_everything(cfg.seed, workers=True, verbose=False)
+    if cfg.num_threads is not None:
+        torch.set_num_threads(cfg.num_threads)
 
 
 def quiet_lightning() -> None:
