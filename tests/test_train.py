@@ -12,14 +12,15 @@ from omegaconf import OmegaConf
 from PIL import Image
 from training_runs import compose_train, run, train, write_image_folder
 
-EPOCHS = 3
+EPOCHS = 4
+SHORT = ["optim.schedule.warmup_epochs=1", "optim.base_lr=2e-3"]
 
 
 @pytest.fixture(scope="module")
 def digits_run(tmp_path_factory) -> tuple[Path, str]:
     """The run folder and the output of a shortened `python train.py`."""
     folder = tmp_path_factory.mktemp("digits")
-    process = run(folder, "train.py", f"trainer.max_epochs={EPOCHS}")
+    process = run(folder, "train.py", f"trainer.max_epochs={EPOCHS}", *SHORT)
     assert process.returncode == 0, process.stderr
     (run_dir,) = (folder / "runs" / "digits").iterdir()
     return run_dir, process.stdout
@@ -80,7 +81,7 @@ def test_evaluation_reproduces_the_recorded_accuracy(digits_run):
 def test_training_resumes(digits_run, tmp_path):
     run_dir, _ = digits_run
     last = run_dir / "checkpoints" / "last.ckpt"
-    process = run(tmp_path, "train.py", f"trainer.max_epochs={EPOCHS + 1}", f"ckpt_path={last}")
+    process = run(tmp_path, "train.py", f"trainer.max_epochs={EPOCHS + 1}", f"ckpt_path={last}", *SHORT)
     assert process.returncode == 0, process.stderr
     assert "Resumed from" in process.stdout
     (resumed,) = (tmp_path / "runs" / "digits").iterdir()
@@ -153,7 +154,7 @@ def test_same_seed_same_weights(tmp_path):
 @pytest.mark.slow
 def test_two_processes_share_one_run_folder_and_count_every_image_once(tmp_path):
     torchrun = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2"]
-    settings = ["model.model_name=test_resnet", "trainer.devices=2", "trainer.max_epochs=2", "data.eval_batch_size=7"]
+    settings = ["trainer.devices=2", "trainer.max_epochs=2", "data.eval_batch_size=7", *SHORT]
     process = run(tmp_path, "train.py", *settings, launcher=torchrun)
     assert process.returncode == 0, process.stderr
     (run_dir,) = (tmp_path / "runs" / "digits").iterdir()
