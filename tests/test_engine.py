@@ -340,7 +340,7 @@ def test_plots_of_any_number_of_classes(tmp_path, num_classes):
     plot_confusion(confusion, names, tmp_path / "confusion.png")
     for count in (0, 1, 7):
         mistakes = [Mistake(torch.randn(3, 20, 30), 0, 1, 0.5)] * count
-        plot_mistakes(mistakes, names, [0.5] * 3, [0.5] * 3, tmp_path / f"mistakes_{count}.png")
+        plot_mistakes(mistakes, count, names, [0.5] * 3, [0.5] * 3, tmp_path / f"mistakes_{count}.png")
     for path in tmp_path.iterdir():
         pixels = np.asarray(Image.open(path).convert("L"))
         assert min(pixels.shape) > 200 and pixels.std() > 1

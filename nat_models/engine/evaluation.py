@@ -87,6 +87,7 @@ def save_evaluation(evaluation: Evaluation, folder: Path, datamodule: ImageDataM
         plot_confusion(evaluation.predictions.confusion, evaluation.class_names, folder / "confusion_matrix.png")
     plot_mistakes(
         evaluation.predictions.mistakes,
+        int((counts[:, 0] - counts[:, 1]).sum()),
         evaluation.class_names,
         datamodule.mean,
         datamodule.std,

@@ -82,9 +82,22 @@ def plot_confusion(confusion: Tensor, class_names: Sequence[str], path: Path) ->
 
 
 def plot_mistakes(
-    mistakes: Sequence[Mistake], class_names: Sequence[str], mean: Sequence[float], std: Sequence[float], path: Path
+    mistakes: Sequence[Mistake],
+    num_mistakes: int,
+    class_names: Sequence[str],
+    mean: Sequence[float],
+    std: Sequence[float],
+    path: Path,
 ) -> None:
-    """Grid of misclassified images with true and predicted class; `mean` and `std` undo the normalisation."""
+    """Grid of misclassified images with true and predicted class.
+
+    Args:
+        mistakes: those to show, most confident first.
+        num_mistakes: how many there are in all.
+        class_names: in label order.
+        mean, std: of the normalisation, to undo it.
+        path: PNG file to write.
+    """
     columns = min(max(len(mistakes), 2), 5)
     rows = max(-(-len(mistakes) // columns), 1)
     figure = Figure(figsize=(2.4 * columns, 2.8 * rows + 0.5), layout="constrained")
@@ -96,5 +109,6 @@ def plot_mistakes(
         axes.imshow(pixels.clamp(0, 1).movedim(0, -1).numpy(), cmap="gray", vmin=0, vmax=1)
         true, predicted = (textwrap.shorten(class_names[i], 24) for i in (mistake.label, mistake.predicted))
         axes.set_title(f"true: {true}\npredicted: {predicted} ({100 * mistake.probability:.0f} %)", fontsize=9)
-    figure.suptitle(f"The {len(mistakes)} most confident mistakes" if mistakes else "No mistakes")
+    title = f"{num_mistakes} mistake{'' if num_mistakes == 1 else 's'}, most confident first"
+    figure.suptitle(title if mistakes else "No mistakes")
     figure.savefig(path, dpi=DPI)
