@@ -187,7 +187,7 @@ WORKLOADS = {  # the benchmarks' maps and windows, which have tuned tiles, with 
 @pytest.mark.parametrize("name", WORKLOADS)
 def test_benchmark_workloads(name: str, has_rpb: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     """Against the other backend that does not hold all pairs at once."""
-    monkeypatch.setattr(blocked, "CHUNK_SCORES", 1 << 24)
+    monkeypatch.setattr(blocked, "CHUNK_SCORES", 1 << 20)
     problem = replace(WORKLOADS[name], has_rpb=has_rpb, layout="packed")
     found = errors(problem, problem.inputs(torch.bfloat16, DEVICE), "blocked")
     assert max(found.values()) < 1e-2, found

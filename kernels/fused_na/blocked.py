@@ -7,11 +7,13 @@ there is one chunk, so that the batch may be dynamic.
 """
 
 from collections.abc import Iterator
-from math import e, log2, prod
+from functools import lru_cache
+from math import ceil, e, log2, prod
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+from torch._subclasses import FakeTensor
 
 from fused_na.precision import compute_dtype, without_autocast
 from fused_na.tiling import Tiles, tile_axes, tile_map
@@ -27,25 +29,22 @@ class _Block(NamedTuple):
     Each is a matrix of `R = heads / heads_kv * Q` queries and one of `K` keys.
     """
 
-    query_rows: Tensor  # [b, heads_kv, T, R] of the first samples among the query's `B * tokens * heads` rows
-    key_rows: Tensor  # [b, heads_kv, T, K] of the first samples among the key's `B * tokens * heads_kv` rows
+    query_rows: Tensor  # [b, heads_kv, T, R] among the rows `b * tokens * heads` of the query
+    key_rows: Tensor  # [b, heads_kv, T, K] among the rows `b * tokens * heads_kv` of the key
     padding: Tensor | None  # bool [b, heads_kv, T, R], queries that repeat another; None if there are none
-    bias: Tensor  # [heads_kv * P, R * (K + M)], -inf outside the neighborhood; M additional keys
-    bias_rows: Tensor  # [b, heads_kv, T] each problem's row of the bias
+    bias_rows: Tensor  # [heads_kv * T] each problem's row of the bias `[heads_kv * P, R * (K + M)]`
     bias_index: Tensor  # [P, Q, K] into a head's row of the bias table, whose last entry is for pairs outside
-    batches: list[slice]  # the samples, b at a time
 
-    def chunks(self, query: Tensor, key: Tensor) -> Iterator["_Chunk"]:
-        """The same tiles of all samples; `query` and `key` as in `attend`."""
-        for batch in self.batches:
+    def chunks(self, batches: list[slice]) -> Iterator["_Chunk"]:
+        """The same tiles of all samples, at most `b` at a time."""
+        for batch in batches:
             b = batch.stop - batch.start
             yield _Chunk(
                 batch,
-                (b, *self.bias_rows.shape[1:]),
-                (self.query_rows[:b] + batch.start * prod(query.shape[1:-1])).flatten(),
-                (self.key_rows[:b] + batch.start * prod(key.shape[1:-1])).flatten(),
+                (b, *self.query_rows.shape[1:3]),
+                self.query_rows[:b].flatten(),
+                self.key_rows[:b].flatten(),
                 None if self.padding is None else self.padding[:b].flatten(0, 2)[..., None],
-                self.bias_rows[:b].flatten(),
             )
 
 
@@ -57,47 +56,58 @@ class _Chunk(NamedTuple):
     query_rows: Tensor  # [n * R]
     key_rows: Tensor  # [n * K]
     padding: Tensor | None  # [n, R, 1]
-    bias_rows: Tensor  # [n]
 
 
-def _blocks(
-    query: Tensor, key: Tensor, axes: tuple[Axis, ...], table: Tensor, additional: int, single_chunk: bool
-) -> Iterator[_Block]:
-    """Cuts a problem into blocks of chunks, or into a single one; `table` as from `_bias_table`."""
-    batch_size, heads, heads_kv = query.shape[0], query.shape[-2], key.shape[-2]
+def _chunks(
+    query: Tensor, key: Tensor, axes: tuple[Axis, ...], single_chunk: bool
+) -> Iterator[tuple[_Block, Iterator[_Chunk]]]:
+    """Cuts a problem into blocks of chunks, or into a single one."""
     per_axis = tile_axes(axes)
+    batch_size, heads, heads_kv = query.shape[0], query.shape[-2], key.shape[-2]
     count = prod(len(a.query) for a in per_axis)
-    tile_scores = heads * prod(len(a.query[0]) * len(a.key[0]) for a in per_axis)
-    has_padding = any(1 in row for a in per_axis for row in a.padding)
     if single_chunk:
-        tile_step, batch_step, batches = count, batch_size, [slice(0, batch_size)]
-    else:
-        chunk_scores = CHUNK_SCORES * torch.get_num_threads()
-        tile_step = min(max(1, chunk_scores // tile_scores), count)
-        batch_step = max(1, chunk_scores // (tile_scores * tile_step))
-        batches = [slice(i, min(i + batch_step, batch_size)) for i in range(0, batch_size, batch_step)]
-        batch_step = min(batch_step, batch_size)
+        # Not cached: a trace in progress would leave its own tensors.
+        block = _block.__wrapped__(axes, count, 0, batch_size, heads, heads_kv, query.device)
+        yield block, block.chunks([slice(0, batch_size)])
+        return
+    tile_scores = heads * prod(len(a.query[0]) * len(a.key[0]) for a in per_axis)
+    chunk_scores = CHUNK_SCORES * torch.get_num_threads()
+    tile_step = min(max(1, chunk_scores // tile_scores), count)
+    batch_step = max(1, min(chunk_scores // (tile_scores * tile_step), batch_size))
+    batches = [slice(i, min(i + batch_step, batch_size)) for i in range(0, batch_size, batch_step)]
+    cut = _block.__wrapped__ if isinstance(query, FakeTensor) else _block
+    for index in range(ceil(count / tile_step)):
+        block = cut(axes, tile_step, index, batch_step, heads, heads_kv, query.device)
+        yield block, block.chunks(batches)
 
+
+@lru_cache(maxsize=32)  # the few blocks of a model's few sizes of maps
+def _block(
+    axes: tuple[Axis, ...],
+    tile_step: int,
+    index: int,
+    batch_step: int,
+    heads: int,
+    heads_kv: int,
+    device: torch.device,
+) -> _Block:
+    """The block of tiles from `index * tile_step` on."""
+    per_axis = tile_axes(axes)
+    tiles = tile_map(axes, tile_step)[index]
     lengths = [axis.length for axis in axes]
-    for tiles in tile_map(axes, tile_step):
-        query_tokens, key_tokens, padding = (
-            _tokens(tables, tiles, lengths).to(query.device)
-            for tables in zip(*((a.query, a.key, a.padding) for a in per_axis), strict=True)
-        )
-        is_padding = (padding > 0)[:, None].expand(batch_step, heads_kv, -1, heads // heads_kv, -1).flatten(3)
-        bias_index = _bias_index(axes, tiles).to(query.device)
-        bias = table.index_select(1, bias_index.flatten()).reshape(-1, *bias_index.shape)
-        bias = bias.expand(heads, -1, -1, -1).reshape(heads_kv, -1, *bias_index.shape).transpose(1, 2)
-        bias_rows = torch.arange(heads_kv)[:, None] * len(tiles.patterns[0]) + torch.tensor(tiles.pattern)
-        yield _Block(
-            _rows(query_tokens, batch_step, prod(lengths), heads, heads_kv),
-            _rows(key_tokens, batch_step, prod(lengths), heads_kv, heads_kv),
-            is_padding if has_padding else None,
-            torch.nn.functional.pad(bias, (0, additional)).flatten(0, 1).flatten(1),
-            bias_rows.to(query.device).expand(batch_step, -1, -1),
-            bias_index,
-            batches,
-        )
+    query_tokens, key_tokens, padding = (
+        _tokens(tables, tiles, lengths).to(device)
+        for tables in zip(*((a.query, a.key, a.padding) for a in per_axis), strict=True)
+    )
+    is_padding = (padding > 0)[:, None].expand(batch_step, heads_kv, -1, heads // heads_kv, -1).flatten(3)
+    bias_rows = torch.arange(heads_kv)[:, None] * len(tiles.patterns[0]) + torch.tensor(tiles.pattern)
+    return _Block(
+        _rows(query_tokens, batch_step, prod(lengths), heads, heads_kv),
+        _rows(key_tokens, batch_step, prod(lengths), heads_kv, heads_kv),
+        is_padding if any(1 in row for a in per_axis for row in a.padding) else None,
+        bias_rows.flatten().to(device),
+        _bias_index(axes, tiles).to(device),
+    )
 
 
 def _tokens(tables: tuple[list[list[int]], ...], tiles: Tiles, lengths: list[int]) -> Tensor:
@@ -147,11 +157,18 @@ def _bias_table(axes: tuple[Axis, ...], rpb: Tensor | None, dtype: torch.dtype, 
     return torch.nn.functional.pad(flat, (0, 1), value=float("-inf"))
 
 
+def _bias(table: Tensor, block: _Block, heads: int, heads_kv: int, additional: int) -> Tensor:
+    """Additive scores `[heads_kv * P, R * (K + M)]` of a block's patterns, -inf outside the neighborhood."""
+    bias = table.index_select(1, block.bias_index.flatten()).reshape(-1, *block.bias_index.shape)
+    bias = bias.expand(heads, -1, -1, -1).reshape(heads_kv, -1, *block.bias_index.shape).transpose(1, 2)
+    return torch.nn.functional.pad(bias, (0, additional)).flatten(0, 1).flatten(1)
+
+
 def _gather(x: Tensor, rows: Tensor, additional: Tensor | None, chunk: _Chunk, dtype: torch.dtype) -> Tensor:
     """A chunk's matrices `[n, rows + M, width]` of `x [..., width]` and `additional [B, M, heads_kv, width]`."""
     b, heads_kv, tiles = chunk.shape
     width = x.shape[-1]
-    matrices = x.reshape(-1, width).index_select(0, rows).to(dtype).reshape(b * heads_kv * tiles, -1, width)
+    matrices = x[chunk.batch].view(-1, width).index_select(0, rows).to(dtype).reshape(b * heads_kv * tiles, -1, width)
     if additional is None:
         return matrices
     extra = additional[chunk.batch].transpose(1, 2).to(dtype).unsqueeze(2)
@@ -159,9 +176,10 @@ def _gather(x: Tensor, rows: Tensor, additional: Tensor | None, chunk: _Chunk, d
     return torch.cat([matrices, extra], dim=1)
 
 
-def _scores(query: Tensor, key: Tensor, bias: Tensor, bias_rows: Tensor, scale: float) -> Tensor:
+def _scores(query: Tensor, key: Tensor, bias: Tensor, block: _Block, chunk: _Chunk, scale: float) -> Tensor:
     """Scaled and biased scores `[n, R, K + M]` of one chunk's matrices, to base 2: exp2 is faster than exp."""
-    bias = bias.index_select(0, bias_rows).reshape(*query.shape[:2], key.shape[1])
+    rows = block.bias_rows.expand(chunk.shape[0], -1).flatten()
+    bias = bias.index_select(0, rows).reshape(*query.shape[:2], key.shape[1])
     return bias.baddbmm_(query, key.mT, alpha=scale * LOG2_E)
 
 
@@ -189,19 +207,21 @@ class _BlockedAttention(torch.autograd.Function):
         query, key, value = query.contiguous(), key.contiguous(), value.contiguous()
         output = query.new_empty(*query.shape[:-1], width)
         lse = query.new_empty(query.shape[:-1], dtype=dtype)  # to base 2
-        for block in _blocks(query, key, axes, table, additional, single_chunk):
-            for chunk in block.chunks(query, key):
+        for block, chunks in _chunks(query, key, axes, single_chunk):
+            bias = _bias(table, block, query.shape[-2], key.shape[-2], additional)
+            for chunk in chunks:
                 q = _gather(query, chunk.query_rows, None, chunk, dtype)
                 k = _gather(key, chunk.key_rows, additional_keys, chunk, dtype)
                 v = _gather(value, chunk.key_rows, additional_values, chunk, dtype)
-                scores = _scores(q, k, block.bias, chunk.bias_rows, scale)
+                scores = _scores(q, k, bias, block, chunk, scale)
                 highest = scores.amax(-1, keepdim=True)
                 weights = scores.sub_(highest).exp2_()
                 total = weights.sum(-1, keepdim=True)
                 out = (weights @ v).div_(total)
                 # A padding slot holds the same query as its owner: it is no matter which of them is written last.
-                output.view(-1, width).index_copy_(0, chunk.query_rows, out.flatten(0, 1).to(output.dtype))
-                lse.view(-1).index_copy_(0, chunk.query_rows, total.log2_().add_(highest).flatten())
+                rows = chunk.query_rows
+                output[chunk.batch].view(-1, width).index_copy_(0, rows, out.flatten(0, 1).to(output.dtype))
+                lse[chunk.batch].view(-1).index_copy_(0, rows, total.log2_().add_(highest).flatten())
         ctx.save_for_backward(query, key, value, rpb, additional_keys, additional_values, output, lse)
         ctx.axes, ctx.scale, ctx.single_chunk = axes, scale, single_chunk
         return output, lse / LOG2_E if return_lse else None
@@ -224,25 +244,28 @@ class _BlockedAttention(torch.autograd.Function):
         delta = delta if grad_lse is None else delta - grad_lse
         grad_output = grad_output.contiguous()
         with without_autocast(query.device):
-            for block in _blocks(query, key, axes, table, additional, single_chunk):
-                grad_bias = torch.zeros_like(block.bias)
-                for chunk in block.chunks(query, key):
+            for block, chunks in _chunks(query, key, axes, single_chunk):
+                bias = _bias(table, block, query.shape[-2], key.shape[-2], additional)
+                grad_bias = torch.zeros_like(bias)
+                for chunk in chunks:
                     q = _gather(query, chunk.query_rows, None, chunk, dtype)
                     k = _gather(key, chunk.key_rows, additional_keys, chunk, dtype)
                     v = _gather(value, chunk.key_rows, additional_values, chunk, dtype)
                     grad_out = _gather(grad_output, chunk.query_rows, None, chunk, dtype)
                     chunk_lse, chunk_delta = (
-                        x.view(-1).index_select(0, chunk.query_rows).reshape(*q.shape[:2], 1) for x in (lse, delta)
+                        x[chunk.batch].view(-1).index_select(0, chunk.query_rows).reshape(*q.shape[:2], 1)
+                        for x in (lse, delta)
                     )
                     if chunk.padding is not None:
                         chunk_lse = chunk_lse.masked_fill(chunk.padding, float("inf"))  # probabilities become 0
-                    probabilities = _scores(q, k, block.bias, chunk.bias_rows, scale).sub_(chunk_lse).exp2_()
+                    probabilities = _scores(q, k, bias, block, chunk, scale).sub_(chunk_lse).exp2_()
                     grad_scores = (grad_out @ v.mT).sub_(chunk_delta).mul_(probabilities)
                     _scatter_add(grad_query, chunk.query_rows, grad_scores @ k, None, chunk)
                     _scatter_add(grad_key, chunk.key_rows, grad_scores.mT @ q, grad_additional_keys, chunk)
                     _scatter_add(grad_value, chunk.key_rows, probabilities.mT @ grad_out, grad_additional_values, chunk)
                     if rpb is not None:
-                        grad_bias.index_add_(0, chunk.bias_rows, grad_scores.flatten(1))
+                        grad_samples = grad_scores.view(chunk.shape[0], -1, bias.shape[1]).sum(0)
+                        grad_bias.index_add_(0, block.bias_rows, grad_samples)
                 if rpb is not None:
                     patterns, queries, keys = block.bias_index.shape
                     grad_bias = grad_bias.reshape(key.shape[-2], patterns, -1, queries, keys + additional)
@@ -265,7 +288,7 @@ def _scatter_add(grad: Tensor, rows: Tensor, matrices: Tensor, grad_additional: 
         extra = matrices[:, matrices.shape[1] - additional :].reshape(*chunk.shape, additional, width)
         grad_additional[chunk.batch] += extra.sum(2).transpose(1, 2)
         matrices = matrices[:, : matrices.shape[1] - additional]
-    grad.view(-1, width).index_add_(0, rows, matrices.reshape(-1, width))
+    grad[chunk.batch].view(-1, width).index_add_(0, rows, matrices.reshape(-1, width))
 
 
 @torch.compiler.allow_in_graph  # torch.compile then sees the tensor operations, not how tiles are found
