@@ -22,7 +22,7 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 
 from fused_na import merge_attentions, na2d, neighborhood_attention, ops
 from fused_na.triton import launch, neighborhood
-from fused_na.triton.tiles import Extent, Tiles, as_three_axes
+from fused_na.triton.tiles import Extent, Tiles, Workload, as_three_axes
 from fused_na.window import Axis, inverse_window, window
 
 assert os.environ.get("TRITON_INTERPRET") == "1", "set TRITON_INTERPRET=1 before the kernels are imported"
@@ -200,8 +200,9 @@ def test_every_way_to_run(
 def test_golden_values(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """With one tile for every dilation group: the interpreter is slow in programs, not in what one program does."""
 
-    def choose_tiles(kernel: str, axes: tuple[Axis, ...], *problem) -> Tiles:
-        t, h, w = (triton.next_power_of_2(ceil(axis.length / axis.dilation)) for axis in as_three_axes(axes))
+    def choose_tiles(kernel: str, workload: Workload) -> Tiles:
+        axes = as_three_axes(workload.axes)
+        t, h, w = (triton.next_power_of_2(ceil(axis.length / axis.dilation)) for axis in axes)
         tile = t, h, max(w, 16 // (t * h))
         return Tiles(tile, tile, num_warps=1, num_stages=1)
 

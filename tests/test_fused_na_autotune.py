@@ -8,7 +8,7 @@ import pytest
 from fused_na.window import Axis
 
 autotune = pytest.importorskip("fused_na.triton.autotune", reason="needs Triton")
-PROBLEM = ("forward", (Axis(28, 7), Axis(28, 7)), 64, 64, 2)
+WORKLOAD = autotune.Workload((Axis(28, 7), Axis(28, 7)), 64, 64, 2)
 
 
 @pytest.fixture
@@ -27,23 +27,23 @@ def test_the_fastest_choice_is_found_and_kept(cache_file: Path, monkeypatch: pyt
         return 1.0 if len(ran) == 2 else 2.0  # the second choice is the fastest
 
     monkeypatch.setattr(autotune.triton.testing, "do_bench", bench)
-    tiles = autotune.measured_tiles(*PROBLEM, False, ran.append)
-    assert len(ran) >= 2 and tiles == ran[1] != autotune.choose_tiles(*PROBLEM)
+    tiles = autotune.measured_tiles("forward", WORKLOAD, ran.append)
+    assert len(ran) >= 2 and tiles == ran[1] != autotune.choose_tiles("forward", WORKLOAD)
     assert len(json.loads(cache_file.read_text())) == 1
 
     measured = len(ran)
     autotune._read.cache_clear()  # as a new process would
-    assert autotune.measured_tiles(*PROBLEM, False, ran.append) == tiles and len(ran) == measured
-    autotune.measured_tiles(*PROBLEM, True, ran.append)
+    assert autotune.measured_tiles("forward", WORKLOAD, ran.append) == tiles and len(ran) == measured
+    autotune.measured_tiles("forward", WORKLOAD._replace(has_rpb=True), ran.append)
     assert len(ran) > measured, "a problem with a bias is another one"
 
 
 def test_the_shipped_choice_is_always_measured(cache_file: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     ran = []
     monkeypatch.setattr(autotune.triton.testing, "do_bench", lambda run, return_mode: run() or 1.0)
-    problem = ("forward", (Axis(28, 7), Axis(28, 7)), 32, 32, 2)
-    autotune.measured_tiles(*problem, False, ran.append)
-    assert autotune.choose_tiles(*problem) in ran and len(ran) <= autotune.MEASURED + 1
+    workload = WORKLOAD._replace(head_dim=32, head_dim_v=32)
+    autotune.measured_tiles("forward", workload, ran.append)
+    assert autotune.choose_tiles("forward", workload) in ran and len(ran) <= autotune.MEASURED + 1
 
 
 @pytest.mark.parametrize(("value", "enabled"), [("1", True), ("0", False), (None, False)])

@@ -14,6 +14,7 @@ from fused_na.triton.tiles import (
     TUNED,
     Extent,
     Tiles,
+    Workload,
     as_three_axes,
     choose_tiles,
     executed_scores,
@@ -73,22 +74,35 @@ def test_every_head_dim_and_dtype(axes: tuple[Axis, ...], kernel: str) -> None:
     widths = [8, 32, 64, 96, 128, 256] if is_large else range(8, 264, 8)
     for head_dim, size in product(widths, (2, 4)):
         for head_dim_v in {head_dim, 32, 264 - head_dim}:
-            tiles = choose_tiles(kernel, axes, head_dim, head_dim_v, size)
+            tiles = choose_tiles(kernel, Workload(axes, head_dim, head_dim_v, size))
             assert_legal(tiles, kernel, axes, head_dim, head_dim_v, size)
+
+
+@pytest.mark.parametrize("kernel", KERNELS)
+@pytest.mark.parametrize("has_rpb", [False, True], ids=["", "rpb"])
+@pytest.mark.parametrize("limit", [227, 163, 99], ids=["Hopper", "A100", "Ada"])
+def test_tiles_fit_in_shared_memory(limit: int, has_rpb: bool, kernel: str) -> None:
+    """A stage holds a tile of both tensors that a kernel loops over; a bias of float32 is laid out anew."""
+    for axes, head_dim, size in product(AXES.values(), [32, 64, 128, 256], [2, 4]):
+        tiles = choose_tiles(kernel, Workload(axes, head_dim, head_dim, size, has_rpb, limit << 10))
+        moving, stationary = (tiles.query, tiles.key) if kernel == "key_value" else (tiles.key, tiles.query)
+        own = head_dim if kernel == "forward" else 2 * head_dim
+        bytes_taken = size * (tiles.num_stages * prod(moving) * 2 * head_dim + prod(stationary) * own)
+        assert bytes_taken + has_rpb * 4 * prod(moving) * prod(stationary) <= limit << 10, (axes, head_dim, size)
 
 
 @settings(max_examples=60)
 @given(problem=problems(), kernel=st.sampled_from(KERNELS), head_dim=st.integers(1, 32), size=st.sampled_from([2, 4]))
 def test_any_legal_problem(problem: Problem, kernel: str, head_dim: int, size: int) -> None:
     axes = tuple(map(Axis, problem.spatial, problem.kernel_size, problem.stride, problem.dilation, problem.is_causal))
-    tiles = choose_tiles(kernel, axes, 8 * head_dim, 8 * head_dim, size)
+    tiles = choose_tiles(kernel, Workload(axes, 8 * head_dim, 8 * head_dim, size))
     assert_legal(tiles, kernel, axes, 8 * head_dim, 8 * head_dim, size)
 
 
 def test_tuned_tiles_are_legal_and_used() -> None:
     for (kernel, axes), tiles in TUNED.items():
         assert_legal(tiles, kernel, axes, 32, 32, 2)
-        assert choose_tiles(kernel, axes, 32, 32, 2) == tiles
+        assert choose_tiles(kernel, Workload(axes, 32, 32, 2)) == tiles
 
 
 @pytest.mark.parametrize("kernel", KERNELS)
@@ -103,7 +117,7 @@ def test_least_time_of_all_candidates(kernel: str) -> None:
         for s in extents(candidate.stationary, three)
         for m in extents(candidate.moving, three)
     }
-    tiles = choose_tiles(kernel, axes, 128, 128, 2)
+    tiles = choose_tiles(kernel, Workload(axes, 128, 128, 2))
     chosen = (tiles.query, tiles.key) if over_keys else (tiles.key, tiles.query)
     assert min(time for (s, m, _), time in times.items() if (s, m) == chosen) == min(times.values())
 
@@ -157,7 +171,7 @@ def test_the_choice_is_quick_and_always_the_same(axes: tuple[Axis, ...]) -> None
             choose_tiles.cache_clear()
             steps_on_axis.cache_clear()
             begin = time.process_time()
-            choices.add(choose_tiles(kernel, axes, 128, 128, 2))
+            choices.add(choose_tiles(kernel, Workload(axes, 128, 128, 2)))
             times.append(time.process_time() - begin)
         assert len(choices) == 1
         assert min(times) < 0.05, f"{kernel}: {min(times):.3f} s"

@@ -1,6 +1,6 @@
 """Tiles by measurement, for problems and GPUs that the shipped choice does not know: `FUSED_NA_AUTOTUNE=1`.
 
-Every plausible choice is compiled and timed once for each kernel of a new problem, which takes seconds; what was found
+Every plausible choice is compiled and timed once for each kernel of a new workload, which takes seconds; what was found
 is kept in `FUSED_NA_CACHE` (default `~/.cache/fused_na`), one JSON file for each GPU model and Triton version.
 """
 
@@ -14,8 +14,7 @@ import torch
 import triton
 import triton.testing
 
-from fused_na.triton.tiles import Tiles, choose_tiles, ranked_tiles
-from fused_na.window import Axis
+from fused_na.triton.tiles import Tiles, Workload, choose_tiles, ranked_tiles
 
 # Choices whose estimate exceeds the best one's by more than this are not measured, nor more than MEASURED of them.
 SLACK = 1.15
@@ -27,30 +26,20 @@ def is_enabled() -> bool:
     return os.environ.get("FUSED_NA_AUTOTUNE") == "1"
 
 
-def measured_tiles(
-    kernel: str,
-    axes: tuple[Axis, ...],
-    head_dim: int,
-    head_dim_v: int,
-    itemsize: int,
-    has_rpb: bool,
-    run: Callable[[Tiles], None],
-) -> Tiles:
+def measured_tiles(kernel: str, workload: Workload, run: Callable[[Tiles], None]) -> Tiles:
     """The fastest choice for a kernel, from the cache on disk or by timing `run` with each.
 
     Args:
-        kernel, axes, head_dim, head_dim_v, itemsize: as for `choose_tiles`.
-        has_rpb: whether the call has a relative positional bias.
+        kernel, workload: as for `choose_tiles`.
         run: launches the kernel with the given tiles.
     """
-    problem = (kernel, axes, head_dim, head_dim_v, itemsize)
     path = _cache_file()
     found = _read(path)
-    key = repr((kernel, tuple(map(tuple, axes)), head_dim, head_dim_v, itemsize, has_rpb))
+    key = repr((kernel, tuple(map(tuple, workload.axes)), *workload[1:5]))
     if key not in found:
         if torch.cuda.is_available() and torch.cuda.is_current_stream_capturing():
-            return choose_tiles(*problem)  # nothing can be measured while a graph is captured
-        found[key] = _measure(*problem, run)
+            return choose_tiles(kernel, workload)  # nothing can be measured while a graph is captured
+        found[key] = _measure(kernel, workload, run)
         _write(path, found)
     query, keys, *rest = found[key]
     return Tiles(tuple(query), tuple(keys), *rest)
@@ -74,12 +63,10 @@ def _cache_file() -> Path:
     return folder / f"{name}-triton{triton.__version__}.json"
 
 
-def _measure(
-    kernel: str, axes: tuple[Axis, ...], head_dim: int, head_dim_v: int, itemsize: int, run: Callable[[Tiles], None]
-) -> Tiles:
-    ranked = ranked_tiles(kernel, axes, head_dim, head_dim_v, itemsize)
+def _measure(kernel: str, workload: Workload, run: Callable[[Tiles], None]) -> Tiles:
+    ranked = ranked_tiles(kernel, workload)
     choices = [tiles for cost, tiles in ranked if cost <= SLACK * ranked[0][0]][:MEASURED]
-    shipped = choose_tiles(kernel, axes, head_dim, head_dim_v, itemsize)
+    shipped = choose_tiles(kernel, workload)
     choices = choices if shipped in choices else [shipped, *choices]
     times = [triton.testing.do_bench(lambda tiles=tiles: run(tiles), return_mode="median") for tiles in choices]
     return choices[times.index(min(times))]

@@ -17,6 +17,7 @@ from fused_na.triton.neighborhood import (
     covers,
     dilated,
     inverse_windows,
+    load_bias,
     load_rows,
     load_tile,
     locate,
@@ -28,6 +29,7 @@ from fused_na.triton.neighborhood import (
     windows,
     within,
 )
+from fused_na.triton.products import product
 
 LOG2_E = tl.constexpr(1.4426950408889634)
 
@@ -136,11 +138,11 @@ def query_kernel(
             v_base = value_base + offset(key_token, value_strides[1:4], WIDE)
             k = load_rows(key_base + offset(key_token, key_strides[1:4], WIDE), key_rows, is_key, HEAD_DIM, BLOCK_D)
             v = load_rows(v_base, value_rows, is_key, HEAD_DIM_V, BLOCK_DV)
-        scores = tl.dot(q, k.T, input_precision=PRECISION) * (scale * LOG2_E)
+        scores = product(q, k.T, PRECISION=PRECISION) * (scale * LOG2_E)
         if rpb is not None:
             attends = within(start, end, key_begin, key_inner, QUERY_TILE, KEY_TILE)
             position = (bias_position(key_begin, KERNEL) + key_position)[None, :] - query_position[:, None]
-            scores += tl.load(rpb_base + position, mask=attends, other=float("-inf")).to(tl.float32) * LOG2_E
+            scores += load_bias(rpb_base + position, attends, key_begin[0] < stop[0]) * LOG2_E
         probabilities = tl.exp2(scores - row_lse[:, None])
         if rpb is None:
             if not INTERIOR:
@@ -149,8 +151,8 @@ def query_kernel(
             elif not covers(key_begin, KEY_TILE, first_end, last_start):
                 attends = within(start, end, key_begin, key_inner, QUERY_TILE, KEY_TILE)
                 probabilities = tl.where(attends, probabilities, 0.0)
-        grad_scores = probabilities * (tl.dot(grad_o, v.T, input_precision=PRECISION) - row_delta[:, None])
-        grad_q = tl.dot(grad_scores.to(k.dtype), k, grad_q, input_precision=PRECISION)
+        grad_scores = probabilities * (product(grad_o, v.T, PRECISION=PRECISION) - row_delta[:, None])
+        grad_q = product(grad_scores.to(k.dtype), k, grad_q, PRECISION=PRECISION)
 
     if additional_keys is not None:
         extra_keys = additional_keys + batch * additional_keys_strides[0] + head_kv * additional_keys_strides[2]
@@ -159,10 +161,10 @@ def query_kernel(
             extra = extra_begin + tl.arange(0, KEYS)
             k = load_rows(extra_keys, extra * additional_keys_strides[1], extra < additional, HEAD_DIM, BLOCK_D)
             v = load_rows(extra_values, extra * additional_values_strides[1], extra < additional, HEAD_DIM_V, BLOCK_DV)
-            scores = tl.dot(q, k.T, input_precision=PRECISION) * (scale * LOG2_E)
+            scores = product(q, k.T, PRECISION=PRECISION) * (scale * LOG2_E)
             probabilities = tl.where((extra < additional)[None, :], tl.exp2(scores - row_lse[:, None]), 0.0)
-            grad_scores = probabilities * (tl.dot(grad_o, v.T, input_precision=PRECISION) - row_delta[:, None])
-            grad_q = tl.dot(grad_scores.to(k.dtype), k, grad_q, input_precision=PRECISION)
+            grad_scores = probabilities * (product(grad_o, v.T, PRECISION=PRECISION) - row_delta[:, None])
+            grad_q = product(grad_scores.to(k.dtype), k, grad_q, PRECISION=PRECISION)
 
     store_rows(grad_query + row_base * HEAD_DIM, row * HEAD_DIM, is_query, grad_q * scale, HEAD_DIM, BLOCK_D)
 
@@ -264,13 +266,13 @@ def key_value_kernel(
         row_lse = tl.load(lse + row_base + lse_rows, mask=is_query, other=0.0) * LOG2_E
         row_delta = tl.load(delta + row_base + lse_rows, mask=is_query, other=0.0)
 
-        scores = tl.dot(k, q.T, input_precision=PRECISION) * (scale * LOG2_E)
+        scores = product(k, q.T, PRECISION=PRECISION) * (scale * LOG2_E)
         if rpb is not None:
             attends = within(start, end, query_begin, query_inner, KEY_TILE, QUERY_TILE)
             rpb_base = rpb + head * ((2 * KERNEL[0] - 1) * (2 * KERNEL[1] - 1) * (2 * KERNEL[2] - 1))
             position = key_position[:, None] - (bias_position(query_begin, KERNEL) + query_position)[None, :]
-            bias = tl.load(rpb_base + bias_center(KERNEL) + position, mask=attends, other=float("-inf"))
-            scores += bias.to(tl.float32) * LOG2_E
+            bias = load_bias(rpb_base + bias_center(KERNEL) + position, attends, query_begin[0] < stop[0])
+            scores += bias * LOG2_E
         probabilities = tl.exp2(scores - row_lse[None, :])
         if rpb is None:
             if not INTERIOR:
@@ -279,9 +281,9 @@ def key_value_kernel(
             elif not covers(query_begin, QUERY_TILE, first_end, last_start):
                 attends = within(start, end, query_begin, query_inner, KEY_TILE, QUERY_TILE)
                 probabilities = tl.where(attends, probabilities, 0.0)
-        grad_v = tl.dot(probabilities.to(grad_o.dtype), grad_o, grad_v, input_precision=PRECISION)
-        grad_scores = probabilities * (tl.dot(v, grad_o.T, input_precision=PRECISION) - row_delta[None, :])
-        grad_k = tl.dot(grad_scores.to(q.dtype), q, grad_k, input_precision=PRECISION)
+        grad_v = product(probabilities.to(grad_o.dtype), grad_o, grad_v, PRECISION=PRECISION)
+        grad_scores = probabilities * (product(v, grad_o.T, PRECISION=PRECISION) - row_delta[None, :])
+        grad_k = product(grad_scores.to(q.dtype), q, grad_k, PRECISION=PRECISION)
 
     row = offset(token, row_strides, WIDE) * heads_kv
     row_base = batch * tokens * heads_kv + head_kv
@@ -383,12 +385,12 @@ def bias_kernel(
             value_base = value + batch * value_strides[0] + head_kv * value_strides[4]
             v = load_rows(value_base, offset(key_token, value_strides[1:4], WIDE), is_key, HEAD_DIM_V, BLOCK_DV)
 
-            scores = tl.dot(q, k.T, input_precision=PRECISION) * (scale * LOG2_E)
+            scores = product(q, k.T, PRECISION=PRECISION) * (scale * LOG2_E)
             attends = within(start, end, key_begin, key_inner, QUERY_TILE, KEY_TILE) & is_query[:, None]
             position = bias_position(key_member, KERNEL)[None, :] - bias_position(member, KERNEL)[:, None]
             scores += tl.load(rpb_base + position, mask=attends, other=0.0).to(tl.float32) * LOG2_E
             probabilities = tl.where(attends, tl.exp2(scores - row_lse[:, None]), 0.0)
-            total += probabilities * (tl.dot(grad_o, v.T, input_precision=PRECISION) - row_delta[:, None])
+            total += probabilities * (product(grad_o, v.T, PRECISION=PRECISION) - row_delta[:, None])
     pair = tl.arange(0, QUERIES)[:, None] * KEYS + tl.arange(0, KEYS)[None, :]
     tl.store(partial + pid.to(tl.int64) * (QUERIES * KEYS) + pair, total)
 
@@ -489,11 +491,11 @@ def additional_kernel(
             row = (batch * tokens + index) * heads + head
             row_lse = tl.load(lse + row, mask=is_query, other=0.0) * LOG2_E
             row_delta = tl.load(delta + row, mask=is_query, other=0.0)
-            scores = tl.dot(k, q.T, input_precision=PRECISION) * (scale * LOG2_E)
+            scores = product(k, q.T, PRECISION=PRECISION) * (scale * LOG2_E)
             probabilities = tl.where(is_query[None, :], tl.exp2(scores - row_lse[None, :]), 0.0)
-            grad_v = tl.dot(probabilities.to(grad_o.dtype), grad_o, grad_v, input_precision=PRECISION)
-            grad_scores = probabilities * (tl.dot(v, grad_o.T, input_precision=PRECISION) - row_delta[None, :])
-            grad_k = tl.dot(grad_scores.to(q.dtype), q, grad_k, input_precision=PRECISION)
+            grad_v = product(probabilities.to(grad_o.dtype), grad_o, grad_v, PRECISION=PRECISION)
+            grad_scores = probabilities * (product(v, grad_o.T, PRECISION=PRECISION) - row_delta[None, :])
+            grad_k = product(grad_scores.to(q.dtype), q, grad_k, PRECISION=PRECISION)
     row = ((split * batches + batch) * additional + extra) * heads_kv + head_kv
     store_rows(partial_keys, row * HEAD_DIM, is_extra, grad_k * scale, HEAD_DIM, BLOCK_D)
     store_rows(partial_values, row * HEAD_DIM_V, is_extra, grad_v, HEAD_DIM_V, BLOCK_DV)

@@ -10,6 +10,7 @@ from fused_na.triton.neighborhood import (
     clamped,
     covers,
     dilated,
+    load_bias,
     load_rows,
     load_tile,
     locate,
@@ -21,6 +22,7 @@ from fused_na.triton.neighborhood import (
     windows,
     within,
 )
+from fused_na.triton.products import product
 
 
 @triton.jit
@@ -34,7 +36,7 @@ def softmax_step(scores, factor, values, highest, total, accumulator, PRECISION:
     rescale = tl.exp2(highest - new_highest)
     total = total * rescale + tl.sum(probabilities, 1)
     accumulator = accumulator * rescale[:, None]
-    accumulator = tl.dot(probabilities.to(values.dtype), values, accumulator, input_precision=PRECISION)
+    accumulator = product(probabilities.to(values.dtype), values, accumulator, PRECISION=PRECISION)
     return new_highest, total, accumulator
 
 
@@ -126,11 +128,11 @@ def forward_kernel(
             k = load_tile(key, batch, key_begin, head_kv, KEYS, HEAD_DIM)
         else:
             k = load_rows(key_base + offset(key_token, key_strides[1:4], WIDE), key_rows, is_key, HEAD_DIM, BLOCK_D)
-        scores = tl.dot(q, k.T, input_precision=PRECISION)
+        scores = product(q, k.T, PRECISION=PRECISION)
         if rpb is not None:
             attends = within(start, end, key_begin, key_inner, QUERY_TILE, KEY_TILE)
             position = (bias_position(key_begin, KERNEL) + key_position)[None, :] - query_position[:, None]
-            scores += tl.load(rpb_base + position, mask=attends, other=float("-inf"))
+            scores += load_bias(rpb_base + position, attends, key_begin[0] < stop[0])
         elif not INTERIOR:
             attends = within(start, end, key_begin, key_inner, QUERY_TILE, KEY_TILE)
             scores = tl.where(attends, scores, float("-inf"))
@@ -151,7 +153,7 @@ def forward_kernel(
             extra = extra_begin + tl.arange(0, KEYS)
             k = load_rows(extra_keys, extra * additional_keys_strides[1], extra < additional, HEAD_DIM, BLOCK_D)
             v = load_rows(extra_values, extra * additional_values_strides[1], extra < additional, HEAD_DIM_V, BLOCK_DV)
-            scores = tl.dot(q, k.T, input_precision=PRECISION)
+            scores = product(q, k.T, PRECISION=PRECISION)
             scores = tl.where((extra < additional)[None, :], scores, float("-inf"))
             highest, total, accumulator = softmax_step(scores, factor, v, highest, total, accumulator, PRECISION)
 

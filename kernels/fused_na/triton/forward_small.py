@@ -15,6 +15,7 @@ from fused_na.triton.neighborhood import (
     clamped,
     dilated,
     inside_plane,
+    load_bias,
     load_rows,
     load_tile,
     locate,
@@ -23,6 +24,7 @@ from fused_na.triton.neighborhood import (
     unravel,
     windows,
 )
+from fused_na.triton.products import product
 
 LOG2_E = tl.constexpr(1.4426950408889634)
 
@@ -124,8 +126,8 @@ def forward_small_kernel(
             initial = mask
             if rpb is not None:
                 bias_shift = (t - first[0]) * ((2 * KERNEL[1] - 1) * (2 * KERNEL[2] - 1))
-                initial = tl.load(bias + bias_shift, mask=inside & in_row[:, None], other=float("-inf"))
-            scores = tl.dot(q, k.T, initial, input_precision=PRECISION)
+                initial = load_bias(bias + bias_shift, inside & in_row[:, None], t < stop[0])
+            scores = product(q, k.T, initial, PRECISION=PRECISION)
             # `highest` starts finite, so that a row that has seen no key yet yields no NaN.
             new_highest = tl.maximum(highest, tl.where(in_row, tl.max(scores, 1) * factor, -1e30))
             reference = tl.where(in_row, new_highest, float("inf"))
@@ -133,7 +135,7 @@ def forward_small_kernel(
             rescale = tl.exp2(highest - new_highest)
             total = total * rescale + tl.sum(probabilities, 1)
             accumulator = accumulator * rescale[:, None]
-            accumulator = tl.dot(probabilities.to(v.dtype), v, accumulator, input_precision=PRECISION)
+            accumulator = product(probabilities.to(v.dtype), v, accumulator, PRECISION=PRECISION)
             highest = new_highest
 
     # Output and log-sum-exp are contiguous, `[B, *spatial, heads, head_dim_v]` and `[B, *spatial, heads]`.

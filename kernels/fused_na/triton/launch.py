@@ -1,6 +1,7 @@
 """Launches the kernels on checked arguments."""
 
 from collections.abc import Callable
+from functools import cache
 from math import ceil, prod
 
 import torch
@@ -12,7 +13,15 @@ from fused_na.triton import autotune
 from fused_na.triton.backward import additional_kernel, bias_fold_kernel, bias_kernel, key_value_kernel, query_kernel
 from fused_na.triton.forward import forward_kernel
 from fused_na.triton.forward_small import forward_small_kernel
-from fused_na.triton.tiles import Extent, Tiles, as_three_axes, choose_tiles
+from fused_na.triton.tiles import (
+    HOPPER_SHARED_MEMORY,
+    Extent,
+    Tiles,
+    Workload,
+    as_three_axes,
+    block_width,
+    choose_tiles,
+)
 from fused_na.window import Axis
 
 PARTIAL_BYTES = 64 << 20  # memory that the partial sums of the bias gradient may take
@@ -33,6 +42,13 @@ def _has_bulk_copies(device: torch.device) -> bool:
     return device.type == "cuda" and torch.cuda.get_device_capability(device)[0] >= 9
 
 
+@cache
+def _shared_memory(device: torch.device) -> int:
+    if device.type != "cuda":
+        return HOPPER_SHARED_MEMORY
+    return triton.runtime.driver.active.utils.get_device_properties(device.index)["max_shared_mem"]
+
+
 class _Launch:
     """Arguments that every kernel of one problem shares."""
 
@@ -41,6 +57,7 @@ class _Launch:
         self.axes = axes
         self.batch, self.heads, self.heads_kv = query.shape[0], query.shape[-2], key.shape[-2]
         self.head_dim, self.head_dim_v, self.itemsize = query.shape[-1], value.shape[-1], query.element_size()
+        self.shared_memory = _shared_memory(query.device)
         self.groups = t.dilation * h.dilation * w.dilation
         self.lengths = {"length_t": t.length, "length_h": h.length, "length_w": w.length}
         self.dilations = (t.dilation, h.dilation, w.dilation)
@@ -61,18 +78,20 @@ class _Launch:
             "HEADS_PER_KV": self.heads // self.heads_kv,
             "HEAD_DIM": self.head_dim,
             "HEAD_DIM_V": self.head_dim_v,
-            "BLOCK_D": max(16, triton.next_power_of_2(self.head_dim)),
-            "BLOCK_DV": max(16, triton.next_power_of_2(self.head_dim_v)),
+            "BLOCK_D": block_width(self.head_dim),
+            "BLOCK_DV": block_width(self.head_dim_v),
             "WIDE": max(*reach, contiguous) >= 2**31,
             "PRECISION": precision,
         }
 
     def run(self, kernel: str, rpb: Tensor | None, run: Callable[[Tiles], None]) -> None:
         """Calls `run` with the tiles for a kernel."""
-        problem = (kernel, self.axes, self.head_dim, self.head_dim_v, self.itemsize)
-        run(
-            autotune.measured_tiles(*problem, rpb is not None, run) if autotune.is_enabled() else choose_tiles(*problem)
-        )
+        widths = (self.head_dim, self.head_dim_v, self.itemsize)
+        workload = Workload(self.axes, *widths, rpb is not None, self.shared_memory)
+        if autotune.is_enabled():
+            run(autotune.measured_tiles(kernel, workload, run))
+        else:
+            run(choose_tiles(kernel, workload))
 
     def tiling(self, tiles: Tiles, extent: Extent, loaded: dict[str, Tensor]) -> dict:
         """Arguments that depend on the tiles. `loaded` are the tensors that a kernel loads in tiles of `extent`; they

@@ -197,6 +197,18 @@ def bias_center(KERNEL: tl.constexpr):
 
 
 @triton.jit
+def load_bias(pointers, attends, is_tile):
+    """Loads one bias a pair of tokens as float32, -inf where `attends` is false; `is_tile` is true of every real tile.
+
+    The branch keeps the software pipeline off these loads: it would copy every single bias through shared memory.
+    """
+    bias = tl.full(attends.shape, float("-inf"), tl.float32)
+    if is_tile:
+        bias = tl.load(pointers, mask=attends, other=float("-inf")).to(tl.float32)
+    return bias
+
+
+@triton.jit
 def load_rows(base, rows, mask, HEAD_DIM: tl.constexpr, BLOCK: tl.constexpr):
     """Loads `[rows, BLOCK]` from row offsets, zero where `mask` is false and beyond `HEAD_DIM`."""
     column = tl.arange(0, BLOCK)

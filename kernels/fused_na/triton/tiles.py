@@ -8,6 +8,18 @@ from typing import NamedTuple
 from fused_na.window import Axis, group_members, inverse_window, window
 
 Extent = tuple[int, int, int]  # sizes along t, h and w
+HOPPER_SHARED_MEMORY = 232448  # bytes that one program may have
+
+
+class Workload(NamedTuple):
+    """What tiles are chosen for."""
+
+    axes: tuple[Axis, ...]
+    head_dim: int  # of query and key
+    head_dim_v: int  # of value
+    itemsize: int  # bytes of an element, 2 or 4
+    has_rpb: bool = False
+    shared_memory: int = HOPPER_SHARED_MEMORY
 
 
 class Tiles(NamedTuple):
@@ -50,20 +62,22 @@ CANDIDATES = {
     ("forward", "small dilated"): [Candidate(64, 32, 1, 2, False, 70), Candidate(32, 32, 1, 2, False, 60)],
     ("query", "small dilated"): [Candidate(64, 32, 1, 2, False, 54), Candidate(32, 32, 1, 2, False, 45)],
     ("key_value", "small dilated"): [Candidate(64, 64, 2, 2, False, 53), Candidate(32, 32, 1, 2, False, 45)],
-    # Everything else in 16 bits: warpgroup products, bound by the pipeline of softmax and products.
+    # Everything else in 16 bits: warpgroup products, bound by the pipeline of softmax and products. The slowest
+    # candidates are for GPUs with less shared memory, and for biases.
     ("forward", "wide"): [
         Candidate(128, 128, 8, 3, True, 450),
         Candidate(128, 64, 4, 2, True, 430),
         Candidate(64, 64, 4, 3, True, 390),
+        Candidate(64, 64, 4, 2, True, 380),
     ],
-    ("forward", "sequence"): [Candidate(64, 64, 4, 3, True, 400)],
-    ("query", "sequence"): [Candidate(64, 64, 4, 2, True, 300)],
-    ("key_value", "sequence"): [Candidate(64, 64, 4, 2, True, 160)],
+    ("forward", "sequence"): [Candidate(64, 64, 4, 3, True, 400), Candidate(64, 64, 4, 2, True, 390)],
+    ("query", "sequence"): [Candidate(64, 64, 4, 2, True, 300), Candidate(64, 32, 4, 2, True, 200)],
+    ("key_value", "sequence"): [Candidate(64, 64, 4, 2, True, 160), Candidate(64, 32, 4, 2, True, 110)],
     ("bias", "sequence"): [Candidate(64, 64, 4, 1, False, 100)],
     ("forward", "narrow"): [Candidate(64, 64, 4, 3, False, 300)],
-    ("query", "wide"): [Candidate(64, 64, 4, 2, True, 320)],
+    ("query", "wide"): [Candidate(64, 64, 4, 2, True, 320), Candidate(64, 32, 4, 2, True, 200)],
     ("query", "narrow"): [Candidate(64, 64, 4, 2, True, 315)],
-    ("key_value", "wide"): [Candidate(64, 64, 4, 2, True, 165)],
+    ("key_value", "wide"): [Candidate(64, 64, 4, 2, True, 165), Candidate(64, 32, 4, 2, True, 110)],
     ("key_value", "narrow"): [Candidate(64, 64, 4, 1, False, 147)],
     ("bias", "wide"): [Candidate(64, 64, 4, 1, False, 100)],
     ("bias", "narrow"): [Candidate(64, 64, 4, 1, False, 100)],
@@ -72,8 +86,8 @@ CANDIDATES = {
     **{(kernel, "mixed"): [Candidate(32, 32, 2, 2, False, 1)] for kernel in ("forward", "query", "key_value")},
     ("bias", "mixed"): [Candidate(32, 32, 2, 1, False, 1)],
     # head_dim over 128, and float32 without tf32, which has no matrix units to use.
-    ("forward", "widest"): [Candidate(64, 64, 8, 2, False, 1)],
-    ("query", "widest"): [Candidate(64, 32, 8, 2, False, 1)],
+    ("forward", "widest"): [Candidate(64, 64, 8, 2, False, 2), Candidate(32, 32, 4, 2, False, 1)],
+    ("query", "widest"): [Candidate(64, 32, 8, 2, False, 2), Candidate(32, 32, 4, 1, False, 1)],
     ("key_value", "widest"): [Candidate(32, 32, 4, 1, False, 1)],
     ("bias", "widest"): [Candidate(32, 32, 4, 1, False, 1)],
     **{
@@ -86,16 +100,17 @@ CANDIDATES = {
 }
 
 
-def regime(axes: tuple[Axis, ...], head_dim: int, head_dim_v: int, itemsize: int) -> str:
+def regime(workload: Workload) -> str:
     """What a problem is bound by, as far as tiles are concerned; a second key of `CANDIDATES`."""
-    width = max(head_dim, head_dim_v)
-    if itemsize == 4:
+    axes = workload.axes
+    width = max(workload.head_dim, workload.head_dim_v)
+    if workload.itemsize == 4:
         return "float32" if width <= 128 else "widest float32"
     if prod(axis.kernel_size for axis in axes) <= 512 and width <= 64:
         if prod(axis.dilation for axis in axes) > 1:
             return "small dilated"
         return "small volume" if len(axes) == 3 else "small"
-    if min(head_dim, head_dim_v) <= 32:
+    if min(workload.head_dim, workload.head_dim_v) <= 32:
         return "mixed"
     if width <= 64:
         return "narrow"
@@ -164,25 +179,31 @@ def executed_scores(axes: tuple[Axis, Axis, Axis], stationary: Extent, moving: E
     return steps * prod(stationary) * prod(moving)
 
 
-def ranked_tiles(
-    kernel: str, axes: tuple[Axis, ...], head_dim: int, head_dim_v: int, itemsize: int
-) -> list[tuple[float, Tiles]]:
-    """All choices for one kernel of a problem with their estimated times (in no particular unit), best first.
+def block_width(head_dim: int) -> int:
+    """Columns that a kernel holds for a head."""
+    return max(16, 1 << (head_dim - 1).bit_length())
 
-    Args:
-        kernel: "forward", "query", "key_value" or "bias".
-        axes: the problem's spatial axes.
-        head_dim: of query and key.
-        head_dim_v: of value.
-        itemsize: bytes of an element, 2 or 4.
+
+def shared_bytes(kernel: str, candidate: Candidate, workload: Workload) -> int:
+    """About as much shared memory as a program takes, and rather more."""
+    moving = block_width(workload.head_dim) + block_width(workload.head_dim_v)
+    stationary = block_width(workload.head_dim) if kernel == "forward" else moving
+    rows = candidate.moving * candidate.num_stages * moving + candidate.stationary * stationary
+    bias = 4 * candidate.moving * candidate.stationary if workload.has_rpb else 0
+    return workload.itemsize * rows + bias + 2048
+
+
+def ranked_tiles(kernel: str, workload: Workload) -> list[tuple[float, Tiles]]:
+    """All choices for one kernel ("forward", "query", "key_value" or "bias") of a workload with their estimated times
+    (in no particular unit), best first.
     """
-    three = as_three_axes(axes)
-    which = regime(axes, head_dim, head_dim_v, itemsize)
-    candidates = CANDIDATES.get((kernel, which)) or CANDIDATES[kernel, "small"]
+    three = as_three_axes(workload.axes)
+    candidates = CANDIDATES.get((kernel, regime(workload))) or CANDIDATES[kernel, "small"]
+    fitting = [c for c in candidates if shared_bytes(kernel, c, workload) <= workload.shared_memory]
     over_keys = kernel != "key_value"
     ranked = sorted(
         (executed_scores(three, s, m, over_keys) / candidate.rate, -m[2], -s[2], s, m, candidate)
-        for candidate in candidates
+        for candidate in fitting or candidates[-1:]
         for s in extents(candidate.stationary, three)
         for m in extents(candidate.moving, three)
         if m[0] == 1 or not candidate.by_row
@@ -195,8 +216,8 @@ def ranked_tiles(
 
 
 @lru_cache(maxsize=1024)
-def choose_tiles(kernel: str, axes: tuple[Axis, ...], head_dim: int, head_dim_v: int, itemsize: int) -> Tiles:
+def choose_tiles(kernel: str, workload: Workload) -> Tiles:
     """The tuned choice where there is one, else the first of `ranked_tiles`, with its arguments."""
-    if itemsize == 2 and head_dim == head_dim_v == 32 and (kernel, axes) in TUNED:
-        return TUNED[kernel, axes]
-    return ranked_tiles(kernel, axes, head_dim, head_dim_v, itemsize)[0][1]
+    if workload[1:4] == (32, 32, 2) and (kernel, workload.axes) in TUNED:
+        return TUNED[kernel, workload.axes]
+    return ranked_tiles(kernel, workload)[0][1]
