@@ -231,6 +231,18 @@ def rename(weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
     return weights
 
 
+def infer_sizes(weights: Mapping[str, Tensor], cfg: Any) -> dict[str, Any]:
+    """Numbers of classes and input channels that weights are for, as arguments of the model.
+
+    Args:
+        weights: by their original names, see `rename`.
+        cfg: timm's `PretrainedCfg` of the model.
+    """
+    head, first_conv = weights.get(f"{cfg.classifier}.weight"), weights.get(f"{cfg.first_conv}.weight")
+    sizes = {"num_classes": 0 if head is None else len(head)}
+    return sizes if first_conv is None else sizes | {"in_chans": first_conv.shape[1]}
+
+
 def resize_rpb(rpb: Tensor, size: Iterable[int]) -> Tensor:
     """Biases `[heads, 2 * k_1 - 1, 2 * k_2 - 1]` for another kernel size, bicubic, as the 11 x 11 models were made.
 

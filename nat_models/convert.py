@@ -22,7 +22,7 @@ from timm.utils import ParseKwargs
 from torch import Tensor, nn
 
 import nat_models  # noqa: F401  registers the models
-from nat_models.checkpoints import adapt_state_dict, read_file, rename, unwrap
+from nat_models.checkpoints import adapt_state_dict, infer_sizes, read_file, rename, unwrap
 from nat_models.list import published_models
 
 
@@ -53,7 +53,7 @@ def convert(source: str | Path, target: str | Path, model_name: str | None = Non
     weights = rename(unwrap(content, str(source)))
     settings = content.get("hyper_parameters") or {}
     name = model_name or settings.get("model_name") or _name_of_file(source) or _name_of_weights(source, weights)
-    arguments = _sizes(weights, _pretrained_cfg(name)) | (settings.get("model_kwargs") or {}) | model_kwargs
+    arguments = infer_sizes(weights, _pretrained_cfg(name)) | (settings.get("model_kwargs") or {}) | model_kwargs
     try:
         model = timm.create_model(name, pretrained=True, pretrained_cfg_overlay=dict(file=str(source)), **arguments)
     except TypeError as error:
@@ -93,7 +93,7 @@ def _name_of_weights(source: Path, weights: Mapping[str, Tensor]) -> str:
     fitting = []
     for name in (row["model"] for row in published_models()):
         with torch.device("meta"):
-            model = timm.create_model(name, **_sizes(weights, _pretrained_cfg(name)))
+            model = timm.create_model(name, **infer_sizes(weights, _pretrained_cfg(name)))
         try:
             report = adapt_state_dict(weights, model)[1]
         except ValueError:
@@ -104,13 +104,6 @@ def _name_of_weights(source: Path, weights: Mapping[str, Tensor]) -> str:
         found = f"fits {' and '.join(fitting)}" if fitting else "fits no registered model as it is"
         raise ValueError(f"{str(source)!r} {found}: name the model")
     return fitting[0]
-
-
-def _sizes(weights: Mapping[str, Tensor], cfg: Any) -> dict[str, Any]:
-    """Numbers of classes and input channels that the weights are for."""
-    head, first_conv = weights.get(f"{cfg.classifier}.weight"), weights.get(f"{cfg.first_conv}.weight")
-    sizes = {"num_classes": 0 if head is None else len(head)}
-    return sizes if first_conv is None else sizes | {"in_chans": first_conv.shape[1]}
 
 
 def main(arguments: list[str] | None = None) -> None:

@@ -12,7 +12,8 @@ from omegaconf import DictConfig, OmegaConf
 from timm.data import resolve_data_config
 
 from nat_models.data import ImageDataModule
-from nat_models.engine.classification import ClassificationModule, check_model_name
+from nat_models.engine.classification import ClassificationModule
+from nat_models.names import check_model_name
 
 IMAGE_SETTINGS = ("img_size", "in_chans", "mean", "std", "interpolation", "crop_pct")
 

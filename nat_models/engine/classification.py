@@ -1,6 +1,5 @@
 """The Lightning module for classification: any timm model, timm's optimisers, schedules, mixup and cutmix."""
 
-import difflib
 from typing import Any
 
 import lightning
@@ -14,8 +13,8 @@ from torch.nn import functional as F
 from torchmetrics import MeanMetric, Metric, MetricCollection
 from torchmetrics.classification import MulticlassAccuracy
 
-import nat_models  # noqa: F401  registers the models with timm
 from nat_models.engine.errors import NonFiniteLossError
+from nat_models.names import check_model_name
 
 
 class ClassificationModule(lightning.LightningModule):
@@ -154,18 +153,3 @@ class ClassificationModule(lightning.LightningModule):
         if batches == float("inf"):
             raise ValueError("the training data does not tell its length, which the schedule needs")
         return -(-int(batches) // self.trainer.accumulate_grad_batches)
-
-
-def check_model_name(model_name: str) -> None:
-    """Raises ValueError, with the nearest names, unless timm knows `model_name` and its pretrained tag, if any."""
-    if ":" in model_name:
-        return
-    if timm.is_model(model_name):
-        try:
-            timm.get_pretrained_cfg(model_name)
-        except RuntimeError as error:
-            raise ValueError(f"model.model_name={model_name!r}: {error}") from error
-        return
-    nearest = difflib.get_close_matches(model_name, timm.list_models(), n=3, cutoff=0.5)
-    hint = f"; the nearest names are {', '.join(nearest)}" if nearest else ""
-    raise ValueError(f"model.model_name={model_name!r} is not a registered model{hint}")

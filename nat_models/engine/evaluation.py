@@ -46,7 +46,7 @@ def evaluate(checkpoint: str | Path, datamodule: ImageDataModule, trainer_config
     Raises:
         UndecodableImageError: a validation image cannot be decoded, or a streamed dataset left some out.
     """
-    module = ClassificationModule.load_from_checkpoint(checkpoint, map_location="cpu", weights_only=True)
+    module, class_names = load_classifier(checkpoint)
     epoch = read_checkpoint(checkpoint)["epoch"] + 1
     predictions = PredictionRecorder()
     trainer = lightning.Trainer(
@@ -60,8 +60,13 @@ def evaluate(checkpoint: str | Path, datamodule: ImageDataModule, trainer_config
     evaluated, expected = int(predictions.label_counts[:, 0].sum()), len(datamodule.val_dataset)
     if evaluated != expected:
         raise UndecodableImageError(f"only {evaluated} of the {expected} validation images could be evaluated")
-    names = module.hparams["class_names"] or [str(label) for label in range(module.hparams["num_classes"])]
-    return Evaluation(epoch, dict(metrics), names, predictions)
+    return Evaluation(epoch, dict(metrics), class_names, predictions)
+
+
+def load_classifier(checkpoint: str | Path) -> tuple[ClassificationModule, list[str]]:
+    """The module of a checkpoint of `train.py`, on the CPU, and its class names in label order."""
+    module = ClassificationModule.load_from_checkpoint(checkpoint, map_location="cpu", weights_only=True)
+    return module, module.hparams["class_names"] or [str(label) for label in range(module.hparams["num_classes"])]
 
 
 def save_evaluation(evaluation: Evaluation, folder: Path, datamodule: ImageDataModule, record: dict[str, Any]) -> None:

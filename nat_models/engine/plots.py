@@ -1,4 +1,4 @@
-"""The pictures of a run, as PNG files."""
+"""The pictures of runs and predictions, as PNG files."""
 
 import csv
 import textwrap
@@ -7,14 +7,18 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import torch
-from matplotlib.colors import PowerNorm
+from matplotlib.cm import ScalarMappable
+from matplotlib.colors import Normalize, PowerNorm
 from matplotlib.figure import Figure
+from matplotlib.patches import Rectangle
 from matplotlib.ticker import MaxNLocator
 from torch import Tensor
 
+from nat_models.attention import LayerAttention
 from nat_models.engine.callbacks import Mistake
 
 TRAIN_COLOR, VAL_COLOR = "tab:blue", "tab:orange"
+QUERY_COLOR = "red"
 DPI = 150
 
 
@@ -104,11 +108,88 @@ def plot_mistakes(
     for axes in figure.subplots(rows, columns, squeeze=False).flat:
         axes.axis("off")
     for axes, mistake in zip(figure.axes, mistakes, strict=False):
-        shape = (-1, *[1] * (mistake.image.ndim - 1))
-        pixels = mistake.image * torch.tensor(std).view(shape) + torch.tensor(mean).view(shape)
-        axes.imshow(pixels.clamp(0, 1).movedim(0, -1).numpy(), cmap="gray", vmin=0, vmax=1)
+        axes.imshow(_pixels(mistake.image, mean, std).numpy(), cmap="gray", vmin=0, vmax=1)
         true, predicted = (textwrap.shorten(class_names[i], 24) for i in (mistake.label, mistake.predicted))
         axes.set_title(f"true: {true}\npredicted: {predicted} ({100 * mistake.probability:.0f} %)", fontsize=9)
     title = f"{num_mistakes} mistake{'' if num_mistakes == 1 else 's'}, most confident first"
     figure.suptitle(title if mistakes else "No mistakes")
     figure.savefig(path, dpi=DPI)
+
+
+def plot_attention(
+    image: Tensor,
+    mean: Sequence[float],
+    std: Sequence[float],
+    layers: dict[str, LayerAttention],
+    queries: Sequence[tuple[int, int]],
+    title: str,
+    path: Path,
+) -> None:
+    """Where queries attend: a row for each query; the image, then a column for each layer.
+
+    The query's token is framed. Tokens of its neighborhood have the colour of their attention, mean over the heads, as
+    a multiple of what each would get if all got the same; the scale is one for all panels.
+
+    Args:
+        image: `[C, H, W]`, normalised.
+        mean, std: of the normalisation, to undo it.
+        layers: captured with this image as first sample, by name.
+        queries: pixels (row, column).
+        title: of the picture.
+        path: PNG file to write; its folder is created if missing.
+    """
+    height, width = image.shape[1:]
+    pixels = _pixels(image, mean, std)
+    attention = [[_relative_attention(layer, height, width, query) for layer in layers.values()] for query in queries]
+    colors = ScalarMappable(Normalize(0, max(float(x.nan_to_num().max()) for row in attention for x in row)), "viridis")
+    columns = 1 + len(layers)
+    panel = min(2.3, 20 / columns)
+    figure = Figure(figsize=(panel * columns + 1, panel * height / width * len(queries) + 1), layout="constrained")
+    panels = figure.subplots(len(queries), columns, squeeze=False)
+    extent = (0, width, height, 0)
+    for (row, column), row_panels, row_attention in zip(queries, panels, attention, strict=True):
+        first, *others = row_panels
+        first.imshow(pixels.numpy(), cmap="gray", vmin=0, vmax=1, extent=extent)
+        first.plot(column + 0.5, row + 0.5, "+", color=QUERY_COLOR, markersize=10, markeredgewidth=2, clip_on=False)
+        first.set_ylabel(f"query at {row}, {column}")
+        for axes, layer, relative in zip(others, layers.values(), row_attention, strict=True):
+            axes.imshow(0.4 * pixels.mean(-1).numpy(), cmap="gray", vmin=0, vmax=1, extent=extent)
+            axes.imshow(relative.numpy(), cmap=colors.cmap, norm=colors.norm, extent=extent, alpha=0.75)
+            token = _token(layer, height, width, (row, column))
+            high, wide = height / layer.spatial[0], width / layer.spatial[1]
+            frame = Rectangle((token[1] * wide, token[0] * high), wide, high)
+            axes.add_patch(frame)
+            frame.set(fill=False, edgecolor=QUERY_COLOR, linewidth=1.5, clip_on=False)
+        for axes in row_panels:
+            axes.set(xticks=[], yticks=[], xlim=(0, width), ylim=(height, 0))
+    panels[0, 0].set_title("image", fontsize=8)
+    for axes, (name, layer) in zip(panels[0, 1:], layers.items(), strict=True):
+        kernel, dilation = (" x ".join(str(getattr(x, key)) for x in layer.axes) for key in ("kernel_size", "dilation"))
+        dilated = "" if all(axis.dilation == 1 for axis in layer.axes) else f", dilation {dilation}"
+        map_size = " x ".join(map(str, layer.spatial))
+        axes.set_title(f"{name.removesuffix('.attn')}\n{kernel}{dilated} on {map_size}", fontsize=8)
+    figure.colorbar(colors, ax=panels, label="attention / uniform attention", fraction=0.02, pad=0.01)
+    figure.suptitle(title)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(path, dpi=DPI)
+
+
+def _token(layer: LayerAttention, height: int, width: int, pixel: tuple[int, int]) -> tuple[int, int]:
+    """The token of a layer's map at a pixel of an image."""
+    return pixel[0] * layer.spatial[0] // height, pixel[1] * layer.spatial[1] // width
+
+
+def _relative_attention(layer: LayerAttention, height: int, width: int, query: tuple[int, int]) -> Tensor:
+    """Attention over uniform attention `[*layer.spatial]`, mean over the heads; NaN outside the neighborhood."""
+    token = _token(layer, height, width, query)
+    attends = layer.neighborhood(token)
+    relative = layer.probabilities(token)[0].mean(0) * attends.sum()
+    rows, columns = layer.spatial
+    return relative.masked_fill(~attends, float("nan"))[:rows, :columns].cpu()
+
+
+def _pixels(image: Tensor, mean: Sequence[float], std: Sequence[float]) -> Tensor:
+    """A normalised image `[C, *spatial]` as it was, `[*spatial, C]` in 0..1."""
+    shape = (-1, *[1] * (image.ndim - 1))
+    pixels = image * torch.tensor(std).view(shape) + torch.tensor(mean).view(shape)
+    return pixels.clamp(0, 1).movedim(0, -1)

@@ -43,6 +43,15 @@ def record_run(config: DictConfig, run_dir: Path, world_size: int, device: torch
     (run_dir / "manifest.json").write_text(json.dumps(manifest(config.seed, world_size, device), indent=2) + "\n")
 
 
+def read_data_config(run_dir: Path) -> dict[str, Any]:
+    """How a run's evaluation prepares images, as timm's data config: `input_size`, `mean`, `std`, ..."""
+    data: Any = OmegaConf.to_container(OmegaConf.load(run_dir / "config.yaml").data)
+    img_size = data["img_size"]
+    height, width = (img_size, img_size) if isinstance(img_size, int) else img_size
+    same = {key: data[key] for key in ("mean", "std", "interpolation", "crop_pct")}
+    return {"input_size": (data["in_chans"], height, width)} | same
+
+
 def manifest(seed: int, world_size: int, device: torch.device) -> dict[str, Any]:
     """What is needed to repeat a run, beside its config."""
     return {

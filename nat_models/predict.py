@@ -1,0 +1,294 @@
+"""`python -m nat_models.predict MODEL_OR_RUN IMAGE...`: the five most likely classes of images, with bars.
+
+MODEL is a name in timm's registry, with its published weights or those of `--checkpoint FILE`; RUN a run folder of
+`train.py`, or a checkpoint in one. IMAGE is a file, or a folder of them. `--attention` also draws where queries attend.
+"""
+
+import argparse
+import sys
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from statistics import fmean
+from typing import Any
+
+import timm
+import torch
+from PIL import Image
+from rich.bar import Bar
+from rich.console import Console
+from rich.markup import escape
+from rich.table import Table
+from timm.data import ImageNetInfo, get_img_extensions, infer_imagenet_subset, resolve_model_data_config
+from timm.utils import ParseKwargs, natural_key
+from torch import Tensor, nn
+
+from nat_models.attention import LayerAttention, capture_attention
+from nat_models.checkpoints import infer_sizes, read_file, rename, unwrap
+from nat_models.data import UndecodableImageError
+from nat_models.data.datasets import DECODE_ERRORS
+from nat_models.data.transforms import create_transform
+from nat_models.engine.checkpoint import find_checkpoint
+from nat_models.engine.evaluation import load_classifier
+from nat_models.engine.plots import plot_attention
+from nat_models.engine.run_folder import read_data_config
+from nat_models.names import check_model_name
+
+TOP = 5
+
+
+@dataclass
+class Predictor:
+    """A classifier with its classes and the way it takes images.
+
+    Attributes:
+        model: in eval mode.
+        class_names: in label order.
+        data_config: timm's: `input_size`, `mean`, `std`, `interpolation`, `crop_pct`.
+    """
+
+    model: nn.Module
+    class_names: Sequence[str]
+    data_config: dict[str, Any]
+
+    def __post_init__(self) -> None:
+        if not self.class_names:
+            raise ValueError("the model has no classifier: its weights have no head")
+        in_chans, *size = self.data_config["input_size"]
+        if in_chans not in (1, 3):
+            raise ValueError(f"the model takes images of {in_chans} channels, but files hold 1 (grey) or 3 (RGB)")
+        for key in ("mean", "std"):
+            if len(self.data_config[key]) != in_chans:  # timm describes a grey model by the colours' values
+                self.data_config[key] = [fmean(self.data_config[key])] * in_chans
+        self.model.eval()
+        settings = {key: value for key, value in self.data_config.items() if key != "input_size"}
+        self.transform: Callable[[Image.Image], Tensor] = create_transform(tuple(size), **settings)
+
+    def read(self, path: Path) -> Tensor:
+        """The image file as the model takes it, `[1, in_chans, H, W]`.
+
+        Raises:
+            UndecodableImageError: the file cannot be decoded.
+        """
+        mode = "L" if self.data_config["input_size"][0] == 1 else "RGB"
+        try:
+            with Image.open(path) as image:
+                return self.transform(image.convert(mode))[None]
+        except DECODE_ERRORS as error:
+            raise UndecodableImageError(f"cannot decode {str(path)!r}: {error}") from error
+
+    @torch.inference_mode()
+    def predict(self, image: Tensor) -> list[tuple[str, float]]:
+        """The most likely classes of an image `[1, in_chans, H, W]`, with their probabilities."""
+        device = next(self.model.parameters()).device
+        probabilities, labels = (
+            self.model(image.to(device)).float().softmax(-1)[0].topk(min(TOP, len(self.class_names)))
+        )
+        names = [self.class_names[label] for label in labels.tolist()]
+        return list(zip(names, probabilities.tolist(), strict=True))
+
+
+def load_run(path: str | Path) -> Predictor:
+    """The predictor of a run folder of `train.py` (its best checkpoint), or of a checkpoint in one.
+
+    Raises:
+        FileNotFoundError, ValueError: it is none.
+    """
+    run, ckpt_path = (str(path), None) if Path(path).is_dir() else (None, str(path))
+    run_dir, checkpoint = find_checkpoint(run, ckpt_path)
+    module, class_names = load_classifier(checkpoint)
+    return Predictor(module.model, class_names, read_data_config(run_dir))
+
+
+def load_model(name: str, checkpoint: str | Path | None = None, **model_kwargs: Any) -> Predictor:
+    """The predictor of a model in timm's registry.
+
+    Args:
+        name: registered name, `hf-hub:...` or `local-dir:...`.
+        checkpoint: file with its weights, of any form that `nat_models.checkpoints` reads; None takes the published
+            ones.
+        model_kwargs: arguments of the model that differ from the named one's.
+
+    Raises:
+        FileNotFoundError: no such checkpoint.
+        ValueError: there is no such model, or the weights do not fit it.
+    """
+    check_model_name(name, "model")
+    weights: dict[str, Any] = {}
+    if checkpoint is not None:
+        content = read_file(checkpoint)
+        if "hyper_parameters" in content:
+            raise ValueError(f"{str(checkpoint)!r} was written by train.py: give it, or its run folder, as the model")
+        state_dict = rename(unwrap(content, str(checkpoint)))
+        weights = {"pretrained_cfg_overlay": dict(file=str(checkpoint))}
+        weights |= infer_sizes(state_dict, timm.get_pretrained_cfg(name))
+    try:
+        model = timm.create_model(name, pretrained=True, **weights | model_kwargs)
+    except TypeError as error:
+        raise ValueError(f"model_kwargs={model_kwargs} do not fit {name}: {error}") from error
+    return Predictor(model, _class_names(model), resolve_model_data_config(model))
+
+
+def _class_names(model: nn.Module) -> list[str]:
+    """From the description of the weights, ImageNet's by the number of classes, else the labels."""
+    num_classes: int = model.num_classes  # type: ignore[assignment]
+    names = model.pretrained_cfg.get("label_names")  # type: ignore[union-attr, operator]
+    if names is not None and len(names) == num_classes:
+        return list(names)
+    subset = infer_imagenet_subset(model)
+    if subset is None:
+        return [str(label) for label in range(num_classes)]
+    info = ImageNetInfo(subset)
+    return [info.index_to_description(label) for label in range(num_classes)]
+
+
+def find_images(paths: Iterable[str | Path]) -> list[Path]:
+    """The files given, and all images in and below the folders given.
+
+    Raises:
+        FileNotFoundError: a path does not exist.
+        ValueError: a folder holds no images.
+    """
+    extensions = get_img_extensions(as_set=True)
+    found: list[Path] = []
+    for path in map(Path, paths):
+        if path.is_dir():
+            files = [file for file in path.rglob("*") if file.suffix.lower() in extensions and file.is_file()]
+            if not files:
+                raise ValueError(f"there are no images ({', '.join(sorted(extensions))}) in the folder {str(path)!r}")
+            found += sorted(files, key=lambda file: natural_key(str(file)))
+        elif path.is_file():
+            found.append(path)
+        else:
+            raise FileNotFoundError(f"there is no image {str(path)!r}")
+    return found
+
+
+def attention_files(target: str | Path, images: Sequence[Path]) -> list[Path]:
+    """Where each image's picture goes: `target` itself if it ends in `.png`, else `target/NAME_attention.png`.
+
+    Raises:
+        ValueError: two images would share a picture.
+    """
+    target = Path(target)
+    files = [target if target.suffix == ".png" else target / f"{image.stem}_attention.png" for image in images]
+    shared = next((file for file in files if files.count(file) > 1), None)
+    if shared is not None:
+        raise ValueError(f"--attention={str(target)!r}: more than one image would be drawn into {str(shared)!r}")
+    return files
+
+
+def draw_attention(
+    predictor: Predictor, image: Tensor, queries: Sequence[tuple[int, int]], title: str, path: Path
+) -> None:
+    """Draws where queries of an image `[1, in_chans, H, W]` attend, see `plot_attention`.
+
+    Raises:
+        ValueError: the model has no neighborhood attention, or a query lies outside the image.
+    """
+    height, width = image.shape[2:]
+    for row, column in queries:
+        if not (0 <= row < height and 0 <= column < width):
+            raise ValueError(f"--queries: {row},{column} is not in the image of {height} x {width} that the model gets")
+    with capture_attention(predictor.model) as captured:
+        predictor.predict(image)
+    if not captured:
+        raise ValueError("--attention needs a model with neighborhood attention (python -m nat_models.list)")
+    mean, std = predictor.data_config["mean"], predictor.data_config["std"]
+    plot_attention(image[0], mean, std, _shown_layers(captured), queries, title, path)
+
+
+def _shown_layers(captured: dict[str, LayerAttention], most: int = 4) -> dict[str, LayerAttention]:
+    """Of each stage the last layer of each dilation; of `most` stages, evenly spread, where there are more."""
+    stages: dict[str, dict[tuple[int, ...], str]] = {}
+    for name, layer in captured.items():
+        dilation = tuple(axis.dilation for axis in layer.axes)
+        stages.setdefault(name.partition(".blocks.")[0], {})[dilation] = name
+    shown = list(stages.values())
+    if len(shown) > most:
+        shown = [shown[len(shown) * (i + 1) // most - 1] for i in range(most)]
+    return {name: captured[name] for stage in shown for name in stage.values()}
+
+
+def print_prediction(path: Path, prediction: Sequence[tuple[str, float]]) -> None:
+    """The classes of one image with bars."""
+    table = Table(show_header=False, box=None)
+    table.add_column(justify="right")
+    table.add_column(width=30)
+    table.add_column()
+    for name, probability in prediction:
+        table.add_row(f"{100 * probability:.1f} %", Bar(1, 0, probability, color="cyan"), escape(name))
+    console = Console(width=None if Console().is_terminal else 120, highlight=False)
+    console.print(escape(str(path)), style="bold", soft_wrap=True)
+    console.print(table)
+    console.print()
+
+
+def parse_query(text: str) -> tuple[int, int]:
+    """`row,col` -> `(row, col)`."""
+    try:
+        row, column = map(int, text.split(","))
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"{text!r} is not ROW,COLUMN in pixels, such as 112,40") from None
+    return row, column
+
+
+def parse_arguments(arguments: list[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(prog="python -m nat_models.predict", description="Classifies images.")
+    parser.add_argument("model", metavar="MODEL_OR_RUN", help="registered name, or run folder of train.py")
+    parser.add_argument("images", nargs="+", metavar="IMAGE", help="image file, or folder that holds some")
+    parser.add_argument("--checkpoint", metavar="FILE", help="weights of MODEL (default: download the published ones)")
+    parser.add_argument(
+        "--model-kwargs", nargs="+", default={}, action=ParseKwargs, metavar="KEY=VALUE",
+        help="arguments of MODEL that differ, for example kernel_size=11",
+    )  # fmt: skip
+    parser.add_argument(
+        "--attention", nargs="?", const=".", metavar="PATH",
+        help="also draw where queries attend, into PATH: a .png file, or a folder (default: the current one)",
+    )  # fmt: skip
+    parser.add_argument(
+        "--queries", nargs="+", type=parse_query, metavar="ROW,COLUMN",
+        help="pixels of the image as the model gets it (default: the centre, the upper right, and the lower left edge)",
+    )  # fmt: skip
+    parser.add_argument(
+        "--device", default="cuda" if torch.cuda.is_available() else "cpu", help="(default: %(default)s)"
+    )
+    options = parser.parse_args(arguments)
+    if options.queries and options.attention is None:
+        parser.error("--queries needs --attention")
+    return options
+
+
+def main(arguments: list[str] | None = None) -> None:
+    """Prints predictions, image by image; exits with status 2 and one line for what the user can correct."""
+    options = parse_arguments(arguments)
+    try:
+        images = find_images(options.images)
+        pictures = [] if options.attention is None else attention_files(options.attention, images)
+        if Path(options.model).exists():
+            if options.checkpoint or options.model_kwargs:
+                raise ValueError(
+                    f"--checkpoint and --model-kwargs are for registered models, {options.model!r} is a run"
+                )
+            predictor = load_run(options.model)
+        else:
+            predictor = load_model(options.model, options.checkpoint, **options.model_kwargs)
+        predictor.model.to(options.device)
+        for i, path in enumerate(images):
+            image = predictor.read(path)
+            prediction = predictor.predict(image)
+            print_prediction(path, prediction)
+            if pictures:
+                height, width = image.shape[2:]
+                default = [(height // 2, width // 2), (height // 4, 3 * width // 4), (3 * height // 4, 0)]
+                (name, probability), *_ = prediction
+                title = f"{path.name}: {name} ({100 * probability:.0f} %)"
+                draw_attention(predictor, image, options.queries or default, title, pictures[i])
+                print(f"attention drawn into {pictures[i]}\n")
+    except (ValueError, FileNotFoundError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        raise SystemExit(2) from None
+
+
+if __name__ == "__main__":
+    main()

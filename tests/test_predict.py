@@ -1,0 +1,196 @@
+"""`python -m nat_models.predict`, on models in the registry and on runs of `train.py`."""
+
+import re
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import timm
+import torch
+from omegaconf import OmegaConf
+from PIL import Image
+from safetensors.torch import save_file
+from timm.data import ImageNetInfo
+from training_runs import CLASSES, compose_train, train, write_image, write_image_folder
+
+from nat_models.convert import convert
+from nat_models.engine.build import build_evaluation_datamodule
+from nat_models.engine.checkpoint import read_checkpoint
+from nat_models.predict import attention_files, draw_attention, find_images, load_model, load_run, main
+
+TINY: dict[str, Any] = dict(embed_dim=8, depths=(1, 2), num_heads=(1, 2), kernel_size=3, dilations=[2, [1, 2]])
+TINY_ARGUMENTS = ["--model-kwargs", *(f"{key}={value}".replace(" ", "") for key, value in TINY.items())]
+
+
+@pytest.fixture(scope="module")
+def run_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The run folder of one epoch on tiny images of three classes."""
+    folder = tmp_path_factory.mktemp("run")
+    root = write_image_folder(folder / "images")
+    kwargs = ",".join(f"{key}:{value}" for key, value in TINY.items()).translate(str.maketrans("()", "[]"))
+    settings = ["model.model_name=dinat_mini", "data.img_size=[32,48]", "data.batch_size=4", "trainer.accelerator=cpu"]
+    settings += [f"+model.model_kwargs={{{kwargs}}}", "data.mean=[0.1,0.2,0.3]", "data.crop_pct=1.0"]
+    settings += [
+        "optim.schedule.warmup_epochs=0",
+        "optim.schedule.cooldown_epochs=0",
+        "trainer.max_epochs=1",
+        "data.num_workers=0",
+    ]
+    train(compose_train(folder / "run", "experiment=none", "data=imagenet", f"data.root={root}", *settings))
+    return folder / "run"
+
+
+@pytest.fixture(scope="module")
+def weights(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Random weights of a tiny DiNAT for ImageNet."""
+    torch.manual_seed(0)
+    path = tmp_path_factory.mktemp("weights") / "weights.safetensors"
+    save_file(timm.create_model("dinat_mini", **TINY).state_dict(), path)
+    return path
+
+
+@pytest.fixture
+def image(tmp_path: Path) -> Path:
+    write_image(tmp_path / "image.jpg", seed=7, size=(60, 50))
+    return tmp_path / "image.jpg"
+
+
+def printed_predictions(output: str) -> list[tuple[float, str]]:
+    """`(percent, class)` of every line with a bar."""
+    found = re.findall(r"^ *([\d.]+) % +[█▉▊▋▌▍▎▏▐▕]* +(\S.*?) *$", output, flags=re.MULTILINE)
+    return [(float(percent), name) for percent, name in found]
+
+
+def test_a_model_with_weights_as_a_command(weights: Path, image: Path) -> None:
+    command = [sys.executable, "-m", "nat_models.predict", "dinat_mini", str(image), "--checkpoint", str(weights)]
+    command += ["--attention", "picture.png", "--queries", "0,0", "100,223", *TINY_ARGUMENTS]
+    result = subprocess.run(command, capture_output=True, text=True, cwd=image.parent)
+    assert result.returncode == 0, result.stderr
+    assert "image.jpg" in result.stdout and "attention drawn into picture.png" in result.stdout
+
+    model = timm.create_model("dinat_mini", pretrained=True, pretrained_cfg_overlay=dict(file=str(weights)), **TINY)
+    pixels = timm.data.create_transform(**timm.data.resolve_model_data_config(model))(Image.open(image))
+    with torch.no_grad():
+        probabilities, labels = model.eval()(pixels[None]).softmax(-1)[0].topk(5)
+    info = ImageNetInfo()
+    percents = [round(100 * probability, 1) for probability in probabilities.tolist()]
+    names = [info.index_to_description(label) for label in labels.tolist()]
+    assert printed_predictions(result.stdout) == list(zip(percents, names, strict=True))
+    with Image.open(image.parent / "picture.png") as picture:
+        assert picture.width > 500
+
+
+def test_a_run_predicts_as_it_evaluates(run_dir: Path, image: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    main([str(run_dir), str(image)])
+    printed = printed_predictions(capsys.readouterr().out)
+    main([str(run_dir / "checkpoints" / "best.ckpt"), str(image)])
+    assert printed_predictions(capsys.readouterr().out) == printed
+    assert {name for _, name in printed} == set(CLASSES) and sum(p for p, _ in printed) == pytest.approx(100, abs=0.2)
+
+    predictor = load_run(run_dir)
+    hparams = read_checkpoint(run_dir / "checkpoints" / "best.ckpt")["hyper_parameters"]
+    datamodule = build_evaluation_datamodule(OmegaConf.load(run_dir / "config.yaml"), hparams)
+    for index in range(3):
+        pixels = predictor.read(Path(datamodule.val_dataset.path(index)))
+        assert torch.equal(pixels[0], datamodule.val_dataset[index][0])
+
+
+def test_converted_weights_know_their_classes(run_dir: Path, image: Path, tmp_path: Path) -> None:
+    convert(run_dir / "checkpoints" / "best.ckpt", tmp_path / "exported")
+    assert load_model(f"local-dir:{tmp_path / 'exported'}").class_names == CLASSES
+
+
+def test_grey_images_and_unnamed_classes(image: Path, tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    model = timm.create_model("dinat_mini", num_classes=2, in_chans=1, **TINY)
+    torch.save(model.state_dict(), tmp_path / "weights.pth")
+    predictor = load_model("dinat_mini", tmp_path / "weights.pth", **TINY)
+    pixels = predictor.read(image)
+    assert pixels.shape == (1, 1, 224, 224) and {name for name, _ in predictor.predict(pixels)} == {"0", "1"}
+
+
+def test_folders_are_searched_in_natural_order(tmp_path: Path) -> None:
+    for name in ("b/10.png", "b/9.PNG", "a.jpg"):
+        write_image(tmp_path / name, seed=0)
+    (tmp_path / "b" / "notes.txt").write_text("no image")
+    found = find_images([tmp_path / "b", tmp_path / "a.jpg", tmp_path])
+    assert [str(path.relative_to(tmp_path)) for path in found] == [
+        "b/9.PNG", "b/10.png", "a.jpg", "a.jpg", "b/9.PNG", "b/10.png"
+    ]  # fmt: skip
+
+
+def test_pictures_go_into_a_folder(
+    weights: Path, image: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    write_image(tmp_path / "other.png", seed=8, size=(40, 80))
+    arguments = ["dinat_mini", str(tmp_path), "--checkpoint", str(weights), *TINY_ARGUMENTS]
+    main([*arguments, "--attention", str(tmp_path / "new" / "folder")])
+    assert capsys.readouterr().out.count("attention drawn into") == 2
+    assert {p.name for p in (tmp_path / "new" / "folder").iterdir()} == {"image_attention.png", "other_attention.png"}
+
+
+def test_one_picture_for_each_image() -> None:
+    with pytest.raises(ValueError, match="more than one image would be drawn into 'x.png'"):
+        attention_files("x.png", [Path("a.jpg"), Path("b.jpg")])
+    with pytest.raises(ValueError, match="more than one image"):
+        attention_files("x", [Path("a/1.jpg"), Path("b/1.png")])
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["nat_minny", "{image}"], "model='nat_minny' is not a registered model; the nearest names are "),
+        (["nat_mini.in2k", "{image}"], "model='nat_mini.in2k'"),
+        (["nat_mini", "nowhere.jpg"], "there is no image 'nowhere.jpg'"),
+        (["nat_mini", "{empty}"], "there are no images (.jpeg, .jpg, .png) in the folder '{empty}'"),
+        (["nat_mini", "{image}", "--checkpoint", "nowhere.pth"], "there is no file 'nowhere.pth'"),
+        (["nat_mini", "{image}", "--checkpoint", "{weights}"], "do not fit this NAT; missing keys"),
+        (["nat_mini", "{image}", "--checkpoint", "{best}"], "was written by train.py: give it, or its run folder"),
+        (["nat_mini", "{image}", "--checkpoint", "{weights}", "--model-kwargs", "width=3"], "do not fit nat_mini"),
+        (["{empty}", "{image}"], "there is no checkpoint"),
+        (["{image}", "{image}"], "is not a checkpoint of train.py"),
+        (["{run}", "{image}", "--checkpoint", "{weights}"], "are for registered models"),
+        (["{run}", "{damaged}"], "cannot decode '{damaged}'"),
+        (["{run}", "{image}", "--attention", "--queries", "5,48"], "5,48 is not in the image of 32 x 48"),
+    ],
+)
+def test_mistakes_get_one_line(
+    arguments: list[str], message: str, run_dir: Path, weights: Path, image: Path, tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:  # fmt: skip
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "damaged.jpg").write_bytes(image.read_bytes()[:300])
+    names = dict(image=image, weights=weights, run=run_dir, best=run_dir / "checkpoints" / "best.ckpt")
+    names |= dict(empty=tmp_path / "empty", damaged=tmp_path / "damaged.jpg")
+    with pytest.raises(SystemExit, match="2"):
+        main([argument.format(**names) for argument in arguments])
+    error = capsys.readouterr().err
+    assert error.count("\n") == 1 and error.startswith("error: ") and message.format(**names) in error
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--queries", "1,2"], "--queries needs --attention"),
+        (["--attention", "--queries", "1"], "'1' is not ROW,COLUMN"),
+    ],
+)
+def test_queries_are_checked(arguments: list[str], message: str, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit, match="2"):
+        main(["nat_mini", "image.jpg", *arguments])
+    assert message in capsys.readouterr().err
+
+
+def test_attention_needs_neighborhoods(image: Path, tmp_path: Path) -> None:
+    timm.models.save_for_hf(timm.create_model("test_resnet", num_classes=4), str(tmp_path / "resnet"))
+    predictor = load_model(f"local-dir:{tmp_path / 'resnet'}")
+    with pytest.raises(ValueError, match="--attention needs a model with neighborhood attention"):
+        draw_attention(predictor, predictor.read(image), [(0, 0)], "", tmp_path / "x.png")
+
+
+def test_weights_without_a_head_are_no_classifier(tmp_path: Path) -> None:
+    torch.save(timm.create_model("dinat_mini", num_classes=0, **TINY).state_dict(), tmp_path / "weights.pth")
+    with pytest.raises(ValueError, match="the model has no classifier"):
+        load_model("dinat_mini", tmp_path / "weights.pth", **TINY)
