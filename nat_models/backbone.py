@@ -110,13 +110,15 @@ class Backbone(nn.Module):
             indices: stages to return; an int means that many last ones, None all.
             norm: apply the final norm to the last stage's map.
             stop_early: leave out the stages after the last chosen one.
-            output_fmt: format of the maps, channels-first ("NCHW") or channels-last ("NHWC").
+            output_fmt: format of the maps, channels-first ("NCHW", of clips also "NCTHW") or channels-last ("NHWC",
+                "NTHWC").
             intermediates_only: return the list of maps alone.
 
         Returns:
             The final map (channels-last, as `forward_features` returns it) and the list of maps.
         """
         channels_first = f"NC{self.output_fmt[1:-1]}"
+        output_fmt = {"NCHW": channels_first, "NHWC": self.output_fmt}.get(output_fmt, output_fmt)
         if output_fmt not in (channels_first, self.output_fmt):
             raise ValueError(f"output_fmt must be {channels_first!r} or {self.output_fmt!r}, got {output_fmt!r}")
         take_indices, max_index = feature_take_indices(len(self.stages), indices)

@@ -5,7 +5,8 @@ only, nothing in the file is executed) and calls `checkpoint_filter_fn`, which u
 
 - the original code's weights, plain or under `model`, `state_dict`, `state_dict_ema`;
 - Hugging Face's `Nat*` and `Dinat*` weights;
-- this project's Lightning checkpoints, compiled models included, and exported weights.
+- this project's Lightning checkpoints, compiled models included, and exported weights;
+- for a video model, the weights of its image model in any of these forms.
 """
 
 import pickle
@@ -20,9 +21,11 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
-from timm.models import build_model_with_cfg, resolve_pretrained_cfg
+from timm.models import adapt_input_conv, build_model_with_cfg, resolve_pretrained_cfg
 from torch import Tensor, nn
 from torch.nn import functional as F
+
+from nat_models.inflation import inflate, is_of_images, temporal_parameters
 
 _WRAPPERS = ("state_dict_ema", "model_ema", "state_dict", "model")
 _PREFIXES = re.compile(r"^(?:(?:model|module|_orig_mod)\.)+")  # of Lightning modules, DDP and torch.compile
@@ -105,6 +108,43 @@ def build_model(model_cls: Callable[..., nn.Module], variant: str, pretrained: b
         raise ValueError(f"cannot load weights from {source}: {_reason(error)}") from error
 
 
+def build_clip_model(
+    model_cls: Callable[..., nn.Module], variant: str, pretrained: bool, feature_cfg: dict[str, Any], **kwargs: Any
+) -> nn.Module:
+    """`build_model` for video models: timm's feature extractors know no formats with time, so theirs is set here."""
+    if not kwargs.get("features_only"):
+        return build_model(model_cls, variant, pretrained, feature_cfg=feature_cfg, **kwargs)
+    if kwargs.get("feature_cls") != "getter":
+        feature_cfg = feature_cfg | dict(output_fmt="NHWC")
+    model = build_model(model_cls, variant, pretrained, feature_cfg=feature_cfg, **kwargs)
+    model.output_fmt = {"NHWC": "NTHWC", "NCHW": "NCTHW"}[model.output_fmt]  # type: ignore[index,assignment]
+    return model
+
+
+def load_image_weights(model: nn.Module, file: str | Path) -> "LoadReport":
+    """Gives a video model, already built, the inflated weights of an image model; see `nat_models.inflation`.
+
+    `timm.create_model(name, pretrained=True, pretrained_cfg_overlay=dict(file=FILE))` does the same while building.
+
+    Args:
+        model: a video model of this project.
+        file: weights of its image model, in any form that `checkpoint_filter_fn` understands.
+
+    Returns:
+        What became of the weights, also left in `model.load_report`.
+
+    Raises:
+        FileNotFoundError: no such file.
+        ValueError: the weights cannot be read or do not fit.
+    """
+    model.pretrained_cfg = {**model.pretrained_cfg, "file": str(file)}  # type: ignore[dict-item,assignment]
+    weights, report = adapt_state_dict(read_file(file), model)
+    kept = {key: value for key, value in weights.items() if key not in report.reinitialised}
+    model.load_state_dict(kept, strict=False)
+    model.load_report = report  # type: ignore[assignment]
+    return report
+
+
 def read_file(path: str | Path) -> dict[str, Any]:
     """What a file with weights holds, read without executing anything in it.
 
@@ -143,6 +183,7 @@ class LoadReport:
 
     matched: list[str] = field(default_factory=list)
     resized: list[str] = field(default_factory=list)
+    inflated: list[str] = field(default_factory=list)
     reinitialised: list[str] = field(default_factory=list)
     ignored: list[str] = field(default_factory=list)
 
@@ -168,28 +209,39 @@ def adapt_state_dict(state_dict: Mapping[str, Any], model: nn.Module) -> tuple[d
     if cfg["num_classes"] != model.num_classes:
         replaced = [f"{head}.weight", f"{head}.bias"]
         report.reinitialised = [key for key in replaced if key in expected]
+    new: list[str] = []
+    if is_of_images(weights, expected):
+        weights, report.inflated, left_out = inflate(weights, expected)
+        report.ignored += left_out
+        new = temporal_parameters(expected)
+        report.reinitialised += new
 
     misshaped = []
     for key in [key for key in expected if key in weights and key not in replaced]:
         shape, wanted = weights[key].shape, expected[key].shape
         if shape == wanted:
-            report.matched.append(key)
-        elif key.endswith("rpb") and len(shape) == len(wanted) == 3 and shape[0] == wanted[0]:
+            if key not in report.inflated:
+                report.matched.append(key)
+        elif key.endswith("rpb") and len(shape) == len(wanted) and shape[0] == wanted[0]:
             weights[key] = resize_rpb(weights[key], wanted[1:])
+            report.resized.append(key)
+        elif key == f"{first_conv}.weight" and len(shape) == 5 and shape[:1] + shape[2:] == wanted[:1] + wanted[2:]:
+            weights[key] = adapt_input_conv(wanted[1], weights[key].flatten(2, 3)).view(wanted)
+            cfg["input_size"] = (wanted[1], *cfg["input_size"][1:])  # which timm would adapt, but for images only
             report.resized.append(key)
         elif key == f"{first_conv}.weight" and shape[:1] + shape[2:] == wanted[:1] + wanted[2:]:
             report.resized.append(key)
         else:
             misshaped.append(f"{key} ({list(shape)}, not {list(wanted)})")
     problems = {
-        "missing keys": [key for key in expected if key not in weights and key not in replaced],
+        "missing keys": [key for key in expected if key not in weights and key not in replaced + new],
         "unexpected keys": [key for key in weights if key not in expected and key not in replaced],
         "keys of another shape": misshaped,
     }
     if any(problems.values()):
         listed = "; ".join(f"{name}: {_listing(keys)}" for name, keys in problems.items() if keys)
         raise ValueError(f"the weights of {_source(cfg)} do not fit this {type(model).__name__}; {listed}")
-    return weights, report
+    return weights | {key: expected[key] for key in new}, report
 
 
 def unwrap(state_dict: Mapping[str, Any], source: str) -> dict[str, Tensor]:
@@ -244,13 +296,15 @@ def infer_sizes(weights: Mapping[str, Tensor], cfg: Any) -> dict[str, Any]:
 
 
 def resize_rpb(rpb: Tensor, size: Iterable[int]) -> Tensor:
-    """Biases `[heads, 2 * k_1 - 1, 2 * k_2 - 1]` for another kernel size, bicubic, as the 11 x 11 models were made.
+    """Biases of one or two axes for another kernel size.
 
     Args:
-        rpb: relative positional biases of two axes.
-        size: new extent of the last two axes.
+        rpb: relative positional biases `[heads, 2 * k_1 - 1, 2 * k_2 - 1]`, resized bicubically, as the 11 x 11 models
+            were made, or `[heads, 2 * k - 1]`, linearly.
+        size: new extents of the axes.
     """
-    return F.interpolate(rpb[None].float(), tuple(size), mode="bicubic")[0].to(rpb.dtype)
+    mode = "bicubic" if rpb.dim() == 3 else "linear"
+    return F.interpolate(rpb[None].float(), tuple(size), mode=mode)[0].to(rpb.dtype)
 
 
 def _source(cfg: Mapping[str, Any]) -> str:

@@ -98,7 +98,7 @@ def _name_of_weights(source: Path, weights: Mapping[str, Tensor]) -> str:
             report = adapt_state_dict(weights, model)[1]
         except ValueError:
             continue
-        if not report.resized:
+        if not report.resized and not report.inflated:
             fitting.append(name)
     if len(fitting) != 1:
         found = f"fits {' and '.join(fitting)}" if fitting else "fits no registered model as it is"

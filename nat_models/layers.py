@@ -98,8 +98,10 @@ class NeighborhoodAttention(nn.Module):
         if any(padding):
             x = F.pad(x, [0, 0, *chain.from_iterable((0, after) for after in reversed(padding))])
         query, key, value = self.qkv(x).unflatten(-1, (3, self.num_heads, -1)).unbind(-3)
+        query, key = self.encode_positions(query, key)
+        stride = tuple(map(min, self.stride, kernel_size))
         x = neighborhood_attention(  # type: ignore[assignment]  # a tuple only with return_lse
-            query, key, value, kernel_size, self.stride, self.dilation, self.is_causal, self.qk_scale, rpb
+            query, key, value, kernel_size, stride, self.dilation, self.is_causal, self.qk_scale, rpb
         )
         if any(padding):
             x = x[(slice(None), *(slice(n) for n in spatial))]
@@ -108,6 +110,10 @@ class NeighborhoodAttention(nn.Module):
     def neighborhood(self, spatial: Sequence[int]) -> tuple[tuple[int, ...], Tensor | None]:
         """Kernel size and biases for a map of this size."""
         return self.kernel_size, self.rpb
+
+    def encode_positions(self, query: Tensor, key: Tensor) -> tuple[Tensor, Tensor]:
+        """What to do to query and key `[B, *spatial, heads, head_dim]` before attention: nothing but in subclasses."""
+        return query, key
 
     def extra_repr(self) -> str:
         return (
@@ -174,10 +180,12 @@ class Block(nn.Module):
         return checkpoint(self._forward, x) if self.grad_checkpointing else self._forward(x)
 
     def _forward(self, x: Tensor) -> Tensor:
-        branch = self.attn(self.norm1(x))
-        x = x + self.drop_path(branch if self.gamma1 is None else self.gamma1 * branch)
-        branch = self.mlp(self.norm2(x))
-        return x + self.drop_path(branch if self.gamma2 is None else self.gamma2 * branch)
+        x = self.add_branch(x, self.attn(self.norm1(x)), self.gamma1)
+        return self.add_branch(x, self.mlp(self.norm2(x)), self.gamma2)
+
+    def add_branch(self, x: Tensor, branch: Tensor, gamma: Tensor | None) -> Tensor:
+        """The residual connection: `x` and a branch's output, both `[B, *spatial, dim]`, with layer scale `gamma`."""
+        return x + self.drop_path(branch if gamma is None else gamma * branch)
 
 
 class ConvTokenizer(nn.Module):
@@ -229,6 +237,27 @@ class ConvDownsampler(nn.Module):
 
 
 @register_notrace_module
+class TubeletConv(nn.Conv3d):
+    """A convolution over clips whose kernel and stride in time are equal: output frames have input frames of their own.
+
+    Such frames are joined as channels of a two-dimensional convolution, which is faster than one in three dimensions
+    and takes channels-last clips as they lie in memory. Frames left over at the end of a clip are dropped.
+    """
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        assert self.kernel_size[0] == self.stride[0] and self.padding[0] == 0
+
+    def forward(self, input: Tensor) -> Tensor:
+        """`[B, in_chans, T, H, W]` -> `[B, out_chans, T / stride, H / stride, W / stride]`."""
+        frames, batch_size = self.stride[0], len(input)
+        x = input[:, :, : input.shape[2] // frames * frames].unflatten(2, (-1, frames)).transpose(1, 2)
+        x = x.flatten(0, 1).flatten(1, 2)  # [B * T / stride, in_chans * stride, H, W]
+        x = F.conv2d(x, self.weight.flatten(1, 2), self.bias, self.stride[1:], self.padding[1:])
+        return x.unflatten(0, (batch_size, -1)).transpose(1, 2)
+
+
+@register_notrace_module
 class PatchEmbed(nn.Module):
     """Tokens from patches that do not overlap; the input is zero-padded at the end of an axis to whole patches.
 
@@ -263,5 +292,5 @@ def convolution(
     """A convolution over `len(kernel_size)` axes; each is padded by `(kernel - 1) // 2` where `padding` is None."""
     if padding is None:
         padding = [(k - 1) // 2 for k in kernel_size]
-    conv: Any = (nn.Conv1d, nn.Conv2d, nn.Conv3d)[len(kernel_size) - 1]
+    conv: Any = (nn.Conv1d, nn.Conv2d, TubeletConv)[len(kernel_size) - 1]
     return conv(in_chans, out_chans, tuple(kernel_size), tuple(stride), tuple(padding), bias=bias)

@@ -18,10 +18,10 @@ COLUMNS = {  # column of published.csv -> title
 def published_models() -> list[dict[str, str]]:
     """Rows of `published.csv`: every registered model by name, with
 
-    - `image`: height and width that the other columns hold for;
+    - `image`: height and width that the other columns hold for; of video models frames, height and width: "32x224";
     - `params_M`, `gflops`: parameters in millions and multiply-adds in 10^9, counted, head included;
     - `top1`: published ImageNet-1k top-1 accuracy of the weights in percent; empty where there is none;
-    - `weights`: timm's tag of the published weights.
+    - `weights`: timm's tag of the published weights; video models inflate those of an image model.
     """
     with resources.files("nat_models").joinpath("published.csv").open() as file:
         return list(csv.DictReader(file))

@@ -5,7 +5,7 @@ Dilated Neighborhood Attention Transformer, https://arxiv.org/abs/2209.15001
 Original code and weights: https://github.com/SHI-Labs/Neighborhood-Attention-Transformer (MIT license)
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from itertools import cycle, islice
 from typing import Any, ClassVar
 
@@ -24,7 +24,7 @@ class Level(nn.Module):
     """One stage: blocks at one resolution, then the reduction to the next stage's map.
 
     Args:
-        blocks: modules on maps `[B, H, W, C]`.
+        blocks: modules on maps `[B, *spatial, C]`.
         downsample: reduction to the next stage; None in the last one.
     """
 
@@ -37,13 +37,74 @@ class Level(nn.Module):
         """Takes what the level before returned: `(its features, this level's map)`; the first level takes its map.
 
         Returns:
-            `(features [B, H, W, C], next level's map [B, H / 2, W / 2, 2 * C])`; the last level its features alone.
+            `(features [B, *spatial, C], next level's map, of half the size and 2 * C channels)`; the last level its
+            features alone.
         """
         features = self.blocks(x[1] if isinstance(x, tuple) else x)
         return features if self.downsample is None else (features, self.downsample(features))
 
 
-class NAT(Backbone):
+def per_stage(name: str, value: Any, depths: Sequence[int]) -> list[Any]:
+    """One entry for each stage of `depths`, from such a sequence or from one value for all; `name` is for the error."""
+    values = list(value) if isinstance(value, Sequence) else [value] * len(depths)
+    if len(values) != len(depths):
+        raise ValueError(f"{name} must hold one entry for each of the {len(depths)} stages of depths, got {value}")
+    return values
+
+
+class Hierarchical(Backbone):
+    """Backbones of stages that halve the map and double the channels, from one stage to the next."""
+
+    stages_name = "levels"
+    stage_pattern = [(r"\.blocks\.(\d+)", None), (r"\.downsample", (99999,))]
+    embed_layer: ClassVar[Callable[..., nn.Module]]
+    downsample_layer: ClassVar[Callable[..., nn.Module]]
+
+    def init_stages(
+        self,
+        embed_dim: int,
+        depths: Sequence[int],
+        dilations: Any,
+        drop_path_rate: float,
+        make_block: Callable[..., nn.Module],
+        **options: Any,
+    ) -> None:
+        """Adds the stages and describes them in `feature_info`.
+
+        Args:
+            embed_dim: channels of the first stage.
+            depths: blocks per stage.
+            dilations: per stage, one or those that its blocks take in turn; None means 1 everywhere.
+            drop_path_rate: rate of stochastic depth at the last block, growing linearly from 0 at the first.
+            make_block: a block from the keywords `dim`, `drop_path`, `dilation` and those of `options`.
+            options: what is the same for the blocks of a stage: one for all stages, or one per stage.
+
+        Raises:
+            ValueError: no stages or blocks, or settings that are not as many as the stages.
+        """
+        if len(depths) < 1 or min(depths) < 1:
+            raise ValueError(f"depths must hold at least one stage with at least one block each, got {depths}")
+        self.embed_dim = embed_dim
+        dilations = per_stage("dilations", 1 if dilations is None else dilations, depths)
+        options = {name: per_stage(name, values, depths) for name, values in options.items()}
+        drop_path_rates: Any = calculate_drop_path_rates(drop_path_rate, list(depths), stagewise=True)
+        levels, self.feature_info = [], []
+        for i, depth in enumerate(depths):
+            dim = embed_dim * 2**i
+            turns = dilations[i] if isinstance(dilations[i], Sequence) else [dilations[i]]
+            if not turns:
+                raise ValueError(f"dilations must hold at least one dilation per stage, got {dilations}")
+            same = {name: values[i] for name, values in options.items()}
+            blocks = [
+                make_block(dim=dim, drop_path=rate, dilation=turn, **same)
+                for turn, rate in zip(islice(cycle(turns), depth), drop_path_rates[i], strict=True)
+            ]
+            levels.append(Level(blocks, self.downsample_layer(dim) if i < len(depths) - 1 else None))
+            self.feature_info.append(dict(num_chs=dim, reduction=4 * 2**i, module=f"{self.stages_name}.{i}"))
+        self.add_module(self.stages_name, nn.Sequential(*levels))
+
+
+class NAT(Hierarchical):
     """NAT, and with `dilations` DiNAT.
 
     Args:
@@ -67,10 +128,8 @@ class NAT(Backbone):
         ValueError: settings per stage that are not as many as the stages, or a value out of its range.
     """
 
-    stages_name = "levels"
-    stage_pattern = [(r"\.blocks\.(\d+)", None), (r"\.downsample", (99999,))]
-    embed_layer: ClassVar[type[nn.Module]] = ConvTokenizer
-    downsample_layer: ClassVar[type[nn.Module]] = ConvDownsampler
+    embed_layer: ClassVar[Callable[..., nn.Module]] = ConvTokenizer
+    downsample_layer: ClassVar[Callable[..., nn.Module]] = ConvDownsampler
 
     def __init__(
         self,
@@ -90,52 +149,23 @@ class NAT(Backbone):
         drop_path_rate: float = 0.0,
     ) -> None:
         super().__init__()
-        if len(depths) < 1 or min(depths) < 1:
-            raise ValueError(f"depths must hold at least one stage with at least one block each, got {depths}")
-        num_stages = len(depths)
-        num_heads = _per_stage("num_heads", num_heads, num_stages)
-        kernel_sizes = _per_stage("kernel_size", kernel_size, num_stages)
-        dilations = _per_stage("dilations", 1 if dilations is None else dilations, num_stages)
-        drop_path_rates: Any = calculate_drop_path_rates(drop_path_rate, list(depths), stagewise=True)
         self.in_chans = in_chans
-        self.embed_dim = embed_dim
-
         self.patch_embed = self.embed_layer(in_chans, embed_dim)
-        levels, self.feature_info = [], []
-        for i, depth in enumerate(depths):
-            dim = embed_dim * 2**i
-            turns = dilations[i] if isinstance(dilations[i], Sequence) else [dilations[i]]
-            if not turns:
-                raise ValueError(f"dilations must hold at least one dilation per stage, got {dilations}")
-            blocks = [
-                Block(
-                    dim,
-                    NeighborhoodAttention2D(
-                        dim,
-                        num_heads[i],
-                        kernel_sizes[i],
-                        dilation=dilation,
-                        qkv_bias=qkv_bias,
-                        proj_drop=proj_drop_rate,
-                    ),
-                    mlp_ratio=mlp_ratio,
-                    layer_scale=layer_scale,
-                    proj_drop=proj_drop_rate,
-                    drop_path=drop_path,
-                )
-                for dilation, drop_path in zip(islice(cycle(turns), depth), drop_path_rates[i], strict=True)
-            ]
-            levels.append(Level(blocks, self.downsample_layer(dim) if i < num_stages - 1 else None))
-            self.feature_info.append(dict(num_chs=dim, reduction=4 * 2**i, module=f"{self.stages_name}.{i}"))
-        self.add_module(self.stages_name, nn.Sequential(*levels))
-        self.init_head(dim, num_classes, global_pool, drop_rate)
 
+        def make_block(dim: int, drop_path: float, **options: Any) -> nn.Module:
+            attn = NeighborhoodAttention2D(dim, qkv_bias=qkv_bias, proj_drop=proj_drop_rate, **options)
+            return Block(dim, attn, mlp_ratio, layer_scale, proj_drop_rate, drop_path)
 
-def _per_stage(name: str, value: Any, num_stages: int) -> list[Any]:
-    values = list(value) if isinstance(value, Sequence) else [value] * num_stages
-    if len(values) != num_stages:
-        raise ValueError(f"{name} must hold one entry for each of the {num_stages} stages of depths, got {value}")
-    return values
+        self.init_stages(
+            embed_dim,
+            depths,
+            dilations,
+            drop_path_rate,
+            make_block,
+            num_heads=num_heads,
+            kernel_size=kernel_size,
+        )
+        self.init_head(self.feature_info[-1]["num_chs"], num_classes, global_pool, drop_rate)
 
 
 def _create_nat(variant: str, pretrained: bool = False, **kwargs: Any) -> nn.Module:

@@ -35,7 +35,13 @@ def test_original_weights_to_a_folder(name: str, tmp_path: Path, capsys: pytest.
     report = {line.split()[0]: int(line.split()[1]) for line in lines}
     ignored = len(golden(name)[1]) - len(model.state_dict())
     assert header == f"{source} -> {tmp_path / 'out'}: {MODELS[name]}"
-    assert report == {"matched": len(model.state_dict()), "resized": 0, "reinitialised": 0, "ignored": ignored}
+    assert report == {
+        "matched": len(model.state_dict()),
+        "resized": 0,
+        "inflated": 0,
+        "reinitialised": 0,
+        "ignored": ignored,
+    }
 
 
 def test_one_file_with_adaptations_as_a_command(tmp_path: Path) -> None:

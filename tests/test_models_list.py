@@ -29,11 +29,12 @@ def test_figures(row: dict[str, str], monkeypatch: pytest.MonkeyPatch) -> None:
     with torch.device("meta"):
         model = timm.create_model(row["model"]).eval()
     cfg = model.pretrained_cfg
-    assert int(row["image"]) == cfg["input_size"][1]
+    *frames, size = map(int, row["image"].split("x"))
+    assert size == cfg["input_size"][1] and frames == ([model.num_frames] if hasattr(model, "num_frames") else [])
     assert row["params_M"] == f"{sum(p.numel() for p in model.parameters()) / 1e6:.2f}"
-    assert row["gflops"] == f"{multiply_adds(model, cfg['input_size']) / 1e9:.2f}"
+    assert row["gflops"] == f"{multiply_adds(model, (3, *frames, size, size)) / 1e9:.2f}"
     assert row["weights"] == cfg["tag"]
-    assert row["top1"] == str(PUBLISHED[row["model"]].get("top1", ""))
+    assert row["top1"] == str(PUBLISHED.get(row["model"], {}).get("top1", ""))
 
 
 def names(lines: list[str]) -> list[str]:
@@ -46,7 +47,8 @@ def test_command() -> None:
     header, *lines = output.splitlines()
     assert header.split("  ")[0] == "model" and header.endswith("weights")
     assert names(lines) == [
-        "nat_mini", "nat_tiny", "nat_small", "nat_base", "nat_isotropic_small", "nat_isotropic_base"
+        "nat_mini", "nat_tiny", "nat_small", "nat_base", "nat_isotropic_small", "nat_isotropic_base",
+        "nat_divided_tiny", "nat_iso3d_small",
     ]  # fmt: skip
     assert lines[1].split() == ["nat_tiny", "224", "27.90", "4.30", "83.2", "in1k"]
     assert len({line.rindex("  ") for line in lines}) == 1  # aligned
