@@ -225,7 +225,9 @@ def _why_not_triton(query: Tensor, value: Tensor) -> str | None:
 
 def _backend(name: str | None, query: Tensor, value: Tensor) -> Callable[..., tuple[Tensor, Tensor | None]]:
     if name is None:
-        name = "triton" if query.device.type == "cuda" and _why_not_triton(query, value) is None else "blocked"
+        # On the meta device the operator is its shapes alone, whereas the blocked backend would cut every tile.
+        is_for_triton = query.device.type in ("cuda", "meta") and _why_not_triton(query, value) is None
+        name = "triton" if is_for_triton else "blocked"
     if name == "blocked":
         return blocked.attend
     if name == "reference":

@@ -291,7 +291,18 @@ def key_value_kernel(
     store_rows(grad_value + row_base * HEAD_DIM_V, row * HEAD_DIM_V, is_key, grad_v, HEAD_DIM_V, BLOCK_DV)
 
 
-@triton.jit(do_not_specialize=["length_t", "length_h", "length_w", "heads", "items", "items_per_split"])
+@triton.jit(
+    do_not_specialize=[
+        "length_t",
+        "length_h",
+        "length_w",
+        "heads",
+        "batches",
+        "batch_splits",
+        "items",
+        "items_per_split",
+    ]  # fmt: skip
+)
 def bias_kernel(
     query,
     key,
@@ -307,6 +318,8 @@ def bias_kernel(
     length_w,
     dilations,
     heads,
+    batches,
+    batch_splits,
     items,
     items_per_split,
     query_strides,  # batch, t, h, w, heads; head_dim is contiguous
@@ -326,12 +339,13 @@ def bias_kernel(
     BLOCK_DV: tl.constexpr,
     WIDE: tl.constexpr,
     PRECISION: tl.constexpr,
+    STAGES: tl.constexpr,
 ):
     """Sums `ds` over a share of all query tiles, at one offset between query tile and key tile.
 
     At a fixed offset a pair's relative position depends on its place in the tile alone, so that tiles add up in
-    registers.
-    `partial` is `[splits, heads, offsets, queries, keys]`; `items` counts query tiles over groups and batch.
+    registers. Samples are the inner loop: they share a tile's mask and bias.
+    `partial` is `[splits, heads, offsets, queries, keys]`; `items` counts tiles over groups and parts of the batch.
     """
     QUERIES: tl.constexpr = QUERY_TILE[0] * QUERY_TILE[1] * QUERY_TILE[2]
     KEYS: tl.constexpr = KEY_TILE[0] * KEY_TILE[1] * KEY_TILE[2]
@@ -346,11 +360,12 @@ def bias_kernel(
     key_inner = unravel(tl.arange(0, KEYS), KEY_TILE)
     tokens = length_t.to(tl.int64) * length_h * length_w
     rpb_base = rpb + head * ((2 * KERNEL[0] - 1) * (2 * KERNEL[1] - 1) * (2 * KERNEL[2] - 1)) + bias_center(KERNEL)
+    part = tl.cdiv(batches, batch_splits)
 
     total = tl.zeros([QUERIES, KEYS], tl.float32)
     for item in range(split * items_per_split, tl.minimum((split + 1) * items_per_split, items)):
-        rest, group, members, begin = locate(item, lengths, dilations, QUERY_TILE)
-        batch = rest.to(tl.int64)
+        _, group, members, begin = locate(item // batch_splits, lengths, dilations, QUERY_TILE)
+        first_batch = item % batch_splits * part
         first, _ = windows(begin, members, KERNEL, STRIDE, CAUSAL)
         last = clamped(begin, (QUERY_TILE[0] - 1, QUERY_TILE[1] - 1, QUERY_TILE[2] - 1), members)
         _, stop = windows(last, members, KERNEL, STRIDE, CAUSAL)
@@ -367,30 +382,37 @@ def bias_kernel(
             member = clamped(begin, inner, members)
             is_query = below(begin, inner, members)
             token = dilated(group, member, dilations)
-            query_base = query + batch * query_strides[0] + head * query_strides[4]
-            q = load_rows(query_base, offset(token, query_strides[1:4], WIDE), is_query, HEAD_DIM, BLOCK_D)
-            grad_base = grad_output + batch * grad_output_strides[0] + head * grad_output_strides[4]
-            grad_o = load_rows(grad_base, offset(token, grad_output_strides[1:4], WIDE), is_query, HEAD_DIM_V, BLOCK_DV)
-            row = (batch * tokens + offset(token, (length_h * length_w, length_w, 1), WIDE)) * heads + head
-            row_lse = tl.load(lse + row, mask=is_query, other=0.0) * LOG2_E
-            row_delta = tl.load(delta + row, mask=is_query, other=0.0)
+            query_rows = offset(token, query_strides[1:4], WIDE)
+            grad_rows = offset(token, grad_output_strides[1:4], WIDE)
+            lse_rows = offset(token, (length_h * length_w, length_w, 1), WIDE) * heads
             start, end = windows(member, members, KERNEL, STRIDE, CAUSAL)
 
             key_member = (key_begin[0] + key_inner[0], key_begin[1] + key_inner[1], key_begin[2] + key_inner[2])
             is_key = below(key_begin, key_inner, stop)
             is_key &= (key_member[0] >= first[0]) & (key_member[1] >= first[1]) & (key_member[2] >= first[2])
             key_token = dilated(group, key_member, dilations)
-            key_base = key + batch * key_strides[0] + head_kv * key_strides[4]
-            k = load_rows(key_base, offset(key_token, key_strides[1:4], WIDE), is_key, HEAD_DIM, BLOCK_D)
-            value_base = value + batch * value_strides[0] + head_kv * value_strides[4]
-            v = load_rows(value_base, offset(key_token, value_strides[1:4], WIDE), is_key, HEAD_DIM_V, BLOCK_DV)
+            key_rows = offset(key_token, key_strides[1:4], WIDE)
+            value_rows = offset(key_token, value_strides[1:4], WIDE)
 
-            scores = product(q, k.T, PRECISION=PRECISION) * (scale * LOG2_E)
             attends = within(start, end, key_begin, key_inner, QUERY_TILE, KEY_TILE) & is_query[:, None]
             position = bias_position(key_member, KERNEL)[None, :] - bias_position(member, KERNEL)[:, None]
-            scores += tl.load(rpb_base + position, mask=attends, other=0.0).to(tl.float32) * LOG2_E
-            probabilities = tl.where(attends, tl.exp2(scores - row_lse[:, None]), 0.0)
-            total += probabilities * (product(grad_o, v.T, PRECISION=PRECISION) - row_delta[:, None])
+            bias = tl.load(rpb_base + position, mask=attends, other=float("-inf")).to(tl.float32) * LOG2_E
+            for sample in tl.range(0, tl.minimum(part, batches - first_batch), num_stages=STAGES):
+                batch = (first_batch + sample).to(tl.int64)
+                query_base = query + batch * query_strides[0] + head * query_strides[4]
+                key_base = key + batch * key_strides[0] + head_kv * key_strides[4]
+                value_base = value + batch * value_strides[0] + head_kv * value_strides[4]
+                grad_base = grad_output + batch * grad_output_strides[0] + head * grad_output_strides[4]
+                q = load_rows(query_base, query_rows, is_query, HEAD_DIM, BLOCK_D)
+                k = load_rows(key_base, key_rows, is_key, HEAD_DIM, BLOCK_D)
+                v = load_rows(value_base, value_rows, is_key, HEAD_DIM_V, BLOCK_DV)
+                grad_o = load_rows(grad_base, grad_rows, is_query, HEAD_DIM_V, BLOCK_DV)
+                row_base = batch * tokens * heads + head
+                row_lse = tl.load(lse + row_base + lse_rows, mask=is_query, other=0.0) * LOG2_E
+                row_delta = tl.load(delta + row_base + lse_rows, mask=is_query, other=0.0)
+                scores = product(q, k.T, PRECISION=PRECISION) * (scale * LOG2_E) + bias
+                probabilities = tl.exp2(scores - row_lse[:, None])
+                total += probabilities * (product(grad_o, v.T, PRECISION=PRECISION) - row_delta[:, None])
     pair = tl.arange(0, QUERIES)[:, None] * KEYS + tl.arange(0, KEYS)[None, :]
     tl.store(partial + pid.to(tl.int64) * (QUERIES * KEYS) + pair, total)
 

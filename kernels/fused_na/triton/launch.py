@@ -296,19 +296,27 @@ def _bias_gradient(launch: _Launch, tensors: dict, grad_rpb: Tensor) -> None:
 
     def run(tiles: Tiles) -> None:
         offsets = tuple(ceil((q + 2 * k - 2) / c) for q, k, c in zip(tiles.query, kernel_size, tiles.key, strict=True))
-        items = launch.count(tiles.query) * launch.batch
+        positions = launch.count(tiles.query)
         block = prod(offsets) * launch.heads * prod(tiles.query) * prod(tiles.key)
         # Enough programs to fill any GPU a few times over, within the memory that partial sums may take.
-        splits = min(items, max(1, ceil(8192 / (prod(offsets) * launch.heads))), max(1, PARTIAL_BYTES // (4 * block)))
+        wanted = min(ceil(8192 / (prod(offsets) * launch.heads)), max(1, PARTIAL_BYTES // (4 * block)))
+        batch_splits = min(launch.batch, ceil(wanted / positions))
+        items = positions * batch_splits
+        items_per_split = ceil(items / min(wanted, items))
+        splits = ceil(items / items_per_split)
         partial = torch.empty((splits, block), dtype=torch.float32, device=grad_rpb.device)
         extents = {"QUERY_TILE": tiles.query, "KEY_TILE": tiles.key, "OFFSETS": offsets}
         bias_kernel[(prod(offsets) * launch.heads * splits,)](
             **tensors,
             **extents,
             partial=partial,
+            batches=launch.batch,
+            batch_splits=batch_splits,
             items=items,
-            items_per_split=ceil(items / splits),
+            items_per_split=items_per_split,
+            STAGES=tiles.num_stages,
             num_warps=tiles.num_warps,
+            num_stages=tiles.num_stages,
         )
         bias_fold_kernel[(grad_rpb.numel(),)](
             partial, grad_rpb, launch.heads, splits, KERNEL=kernel_size, **extents, num_warps=1
