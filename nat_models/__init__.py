@@ -5,3 +5,4 @@ from nat_models import nat as nat
 from nat_models import nat3d as nat3d
 from nat_models import nat_iso3d as nat_iso3d
 from nat_models import nat_isotropic as nat_isotropic
+from nat_models import nat_stream as nat_stream

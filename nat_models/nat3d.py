@@ -138,7 +138,8 @@ def _same_for_stages(value: Any, depths: Sequence[int]) -> Any:
     return [tuple(value)] * len(depths) if is_triple else value
 
 
-def _create_nat3d(model_cls: type[NAT3D], variant: str, pretrained: bool = False, **kwargs: Any) -> nn.Module:
+def create_nat3d(model_cls: type[NAT3D], variant: str, pretrained: bool = False, **kwargs: Any) -> nn.Module:
+    """A hierarchical video model of timm's registry."""
     num_stages = len(kwargs["depths"])
     feature_cfg = dict(flatten_sequential=True, out_indices=kwargs.pop("out_indices", tuple(range(num_stages))))
     return build_clip_model(model_cls, variant, pretrained, feature_cfg=feature_cfg, **kwargs)
@@ -169,51 +170,51 @@ BASE: dict[str, Any] = dict(embed_dim=128, depths=(3, 4, 18, 5), num_heads=(4, 8
 @register_model
 def nat3d_mini(pretrained: bool = False, **kwargs: Any) -> nn.Module:
     """NAT3D-Mini: 20 M parameters."""
-    return _create_nat3d(NAT3D, "nat3d_mini", pretrained, **dict(MINI, drop_path_rate=0.1) | kwargs)
+    return create_nat3d(NAT3D, "nat3d_mini", pretrained, **dict(MINI, drop_path_rate=0.1) | kwargs)
 
 
 @register_model
 def nat3d_tiny(pretrained: bool = False, **kwargs: Any) -> nn.Module:
     """NAT3D-Tiny: 28 M parameters."""
-    return _create_nat3d(NAT3D, "nat3d_tiny", pretrained, **dict(TINY, drop_path_rate=0.1) | kwargs)
+    return create_nat3d(NAT3D, "nat3d_tiny", pretrained, **dict(TINY, drop_path_rate=0.1) | kwargs)
 
 
 @register_model
 def nat3d_small(pretrained: bool = False, **kwargs: Any) -> nn.Module:
     """NAT3D-Small: 51 M parameters, layer scale."""
     args = dict(SMALL, layer_scale=1e-5, drop_path_rate=0.2)
-    return _create_nat3d(NAT3D, "nat3d_small", pretrained, **args | kwargs)
+    return create_nat3d(NAT3D, "nat3d_small", pretrained, **args | kwargs)
 
 
 @register_model
 def nat3d_base(pretrained: bool = False, **kwargs: Any) -> nn.Module:
     """NAT3D-Base: 90 M parameters, layer scale."""
     args = dict(BASE, layer_scale=1e-5, drop_path_rate=0.3)
-    return _create_nat3d(NAT3D, "nat3d_base", pretrained, **args | kwargs)
+    return create_nat3d(NAT3D, "nat3d_base", pretrained, **args | kwargs)
 
 
 @register_model
 def dinat3d_tiny(pretrained: bool = False, **kwargs: Any) -> nn.Module:
     """DiNAT3D-Tiny: 28 M parameters."""
     args = dict(TINY, dilations=DILATIONS_3D, drop_path_rate=0.1)
-    return _create_nat3d(NAT3D, "dinat3d_tiny", pretrained, **args | kwargs)
+    return create_nat3d(NAT3D, "dinat3d_tiny", pretrained, **args | kwargs)
 
 
 @register_model
 def dinat3d_small(pretrained: bool = False, **kwargs: Any) -> nn.Module:
     """DiNAT3D-Small: 51 M parameters, no layer scale (as DiNAT-Small)."""
     args = dict(SMALL, dilations=DILATIONS_3D, drop_path_rate=0.2)
-    return _create_nat3d(NAT3D, "dinat3d_small", pretrained, **args | kwargs)
+    return create_nat3d(NAT3D, "dinat3d_small", pretrained, **args | kwargs)
 
 
 @register_model
 def dinat3d_base(pretrained: bool = False, **kwargs: Any) -> nn.Module:
     """DiNAT3D-Base: 90 M parameters, layer scale."""
     args = dict(BASE, dilations=DILATIONS_3D, layer_scale=1e-5, drop_path_rate=0.3)
-    return _create_nat3d(NAT3D, "dinat3d_base", pretrained, **args | kwargs)
+    return create_nat3d(NAT3D, "dinat3d_base", pretrained, **args | kwargs)
 
 
 @register_model
 def nat_divided_tiny(pretrained: bool = False, **kwargs: Any) -> nn.Module:
     """NAT-Tiny with attention in time after that in space: 38 M parameters."""
-    return _create_nat3d(NATDivided, "nat_divided_tiny", pretrained, **dict(TINY, drop_path_rate=0.1) | kwargs)
+    return create_nat3d(NATDivided, "nat_divided_tiny", pretrained, **dict(TINY, drop_path_rate=0.1) | kwargs)

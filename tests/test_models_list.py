@@ -48,7 +48,7 @@ def test_command() -> None:
     assert header.split("  ")[0] == "model" and header.endswith("weights")
     assert names(lines) == [
         "nat_mini", "nat_tiny", "nat_small", "nat_base", "nat_isotropic_small", "nat_isotropic_base",
-        "nat_divided_tiny", "nat_iso3d_small",
+        "nat_divided_tiny", "nat_stream_tiny", "nat_stream_small", "nat_iso3d_small",
     ]  # fmt: skip
     assert lines[1].split() == ["nat_tiny", "224", "27.90", "4.30", "83.2", "in1k"]
     assert len({line.rindex("  ") for line in lines}) == 1  # aligned
