@@ -5,13 +5,16 @@ PYTHON ?= $(shell for name in python3.11 python3; do $$name -c 'import sys; sys.
 	2>/dev/null && echo $$name && break; done)
 BIN := .venv/bin
 
-.PHONY: help train test lint format clean
+.PHONY: help train train-video test lint format clean
 
 help:  ## list the commands
-	@awk -F ':.*##' '/^[a-z]+:.*##/ { printf "%-8s%s\n", $$1, $$2 }' Makefile
+	@awk -F ':.*##' '/^[a-z-]+:.*##/ { printf "%-13s%s\n", $$1, $$2 }' Makefile
 
 train: .venv/installed-train  ## train the default experiment, or another: make train ARGS="experiment=imagenet/nat_mini"
 	$(BIN)/python train.py $(ARGS)
+
+train-video: .venv/installed-train .venv/installed-video  ## train a small video model on moving digits
+	$(BIN)/python train.py experiment=moving_digits $(ARGS)
 
 # On tensors as small as those of tests, threads wait for each other longer than they work.
 test: lint  ## check style and types, then run all tests that need neither a GPU nor the internet

@@ -6,10 +6,12 @@ The run folder, printed at the start and the end, holds checkpoints, the resolve
 import time
 from datetime import timedelta
 from pathlib import Path
+from typing import Any
 
 import hydra
 from omegaconf import DictConfig
 
+from nat_models.data import VideoDataModule
 from nat_models.engine.build import build_datamodule, build_module, build_trainer, plain, prepare_process
 from nat_models.engine.checkpoint import best_checkpoint, check_resumable
 from nat_models.engine.errors import RUN_ERRORS, SETUP_ERRORS, exit_on
@@ -40,14 +42,25 @@ def main(cfg: DictConfig) -> float:
         seconds = time.monotonic() - start
         checkpoint = best_checkpoint(trainer)
         evaluation = evaluate(checkpoint, datamodule, plain(cfg.trainer))
+        static = None
+        if isinstance(datamodule, VideoDataModule) and datamodule.static_baseline:
+            static = evaluate(checkpoint, datamodule.without_motion(), plain(cfg.trainer))
 
     if trainer.is_global_zero:
-        record = {"checkpoint": str(checkpoint.relative_to(run_dir.resolve())), "training_seconds": round(seconds, 1)}
+        record: dict[str, Any] = {
+            "checkpoint": str(checkpoint.relative_to(run_dir.resolve())),
+            "training_seconds": round(seconds, 1),
+        }
+        if static is not None:
+            record["top1_without_motion"] = static.metrics["val/top1"]
         save_evaluation(evaluation, run_dir, datamodule, record)
         plot_curves(run_dir / "csv" / "metrics.csv", run_dir / "curves.png")
-        rows = metric_rows(evaluation.metrics) | {"Training time": str(timedelta(seconds=round(seconds)))}
+        rows = metric_rows(evaluation.metrics)
+        if static is not None:
+            rows["Top-1, one frame repeated"] = f"{100 * static.metrics['val/top1']:.2f} %"
+        rows |= {"Training time": str(timedelta(seconds=round(seconds)))}
         if undecodable := datamodule.undecodable_paths():
-            rows["Undecodable images"] = f"{len(undecodable)}, listed in {datamodule.undecodable_list}"
+            rows["Undecodable files"] = f"{len(undecodable)}, listed in {datamodule.undecodable_list}"
         title = f"{checkpoint.stem.capitalize()} checkpoint (epoch {evaluation.epoch}) on the validation split"
         print_table(title, rows | {"Run folder": str(run_dir)})
     return evaluation.metrics["val/top1"]

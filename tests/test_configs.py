@@ -12,6 +12,8 @@ from timm.data import Mixup, create_transform
 from timm.scheduler import create_scheduler_v2
 from training_runs import REPOSITORY, compose_train, train, write_image_folder
 
+from nat_models.data.video.sampling import Sampling
+from nat_models.data.video.transforms import training_transform
 from nat_models.engine.build import (
     build_datamodule,
     build_module,
@@ -24,7 +26,7 @@ from nat_models.engine.classification import ClassificationModule
 
 EXPERIMENTS = REPOSITORY / "configs" / "experiment"
 IMAGENET = sorted(path.stem for path in (EXPERIMENTS / "imagenet").glob("*.yaml") if path.stem != "recipe")
-ALL = ["digits", *(f"imagenet/{name}" for name in IMAGENET)]
+ALL = ["digits", "moving_digits", *(f"imagenet/{name}" for name in IMAGENET)]
 DEBUG = sorted(path.stem for path in (REPOSITORY / "configs" / "debug").glob("*.yaml"))
 TINY = ["model.pretrained=false", "+model.model_kwargs.depths=[1,1,1,1]", "+model.model_kwargs.embed_dim=16"]
 TINY += ["+model.model_kwargs.num_heads=[1,2,4,8]"]
@@ -47,7 +49,10 @@ def test_every_key_is_read(tmp_path, experiment, debug):
     cfg = compose_train(tmp_path, *overrides)
     plain = OmegaConf.to_container(cfg, resolve=True)
     assert plain["data"].keys() - {"_target_"} <= keys_read_by(get_object(plain["data"]["_target_"]))
-    assert (plain["data"]["augmentation"] or {}).keys() <= keys_read_by(create_transform)
+    is_video = plain["data"]["_target_"].endswith("VideoDataModule")
+    transform = training_transform if is_video else create_transform
+    assert (plain["data"]["augmentation"] or {}).keys() <= keys_read_by(transform)
+    assert plain["data"].get("sampling", {}).keys() <= keys_read_by(Sampling)
     assert plain["model"].keys() <= keys_read_by(ClassificationModule)
     assert (plain["model"]["mixup"] or {}).keys() <= keys_read_by(Mixup)
     assert plain["optim"].keys() == {"base_lr", "base_batch", "optimizer", "schedule"}

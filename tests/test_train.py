@@ -126,7 +126,7 @@ def test_undecodable_training_image_is_counted_and_listed(tmp_path, capsys):
     tiny_folder_run(tmp_path / "run", root, "data.num_workers=2", max_epochs=2)
     assert set((tmp_path / "run" / "undecodable.txt").read_text().splitlines()) == {str(damaged)}
     assert epochs_of(tmp_path / "run", "data/undecodable") == {0: 1.0, 1: 1.0}
-    assert "Undecodable images" in capsys.readouterr().out
+    assert "Undecodable files" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("num_workers", [0, 2])

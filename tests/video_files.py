@@ -70,6 +70,7 @@ def write_video(
         if time_base is not None:
             stream.codec_context.time_base = time_base
         sound = container.add_stream("aac", rate=16000, layout="mono") if audio else None
+        container.start_encoding()  # a file even of no frames
         for index in range(num_frames):
             frame = av.VideoFrame.from_ndarray(picture(first_number + index, size), format="rgb24")
             frame.pts = index if timestamps is None else timestamps[index]

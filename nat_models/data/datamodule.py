@@ -59,8 +59,8 @@ class ImageDataModule(lightning.LightningDataModule):
         undecodable_list: str | None = None,
     ) -> None:
         super().__init__()
-        _check_positive_int("data.batch_size", batch_size)
-        _check_positive_int("data.eval_batch_size", batch_size if eval_batch_size is None else eval_batch_size)
+        check_positive_int("data.batch_size", batch_size)
+        check_positive_int("data.eval_batch_size", batch_size if eval_batch_size is None else eval_batch_size)
         if not isinstance(num_workers, int) or num_workers < 0:
             raise ValueError(f"data.num_workers must be 0 or a positive integer, got {num_workers!r}")
         if in_chans not in (1, 3):
@@ -70,7 +70,7 @@ class ImageDataModule(lightning.LightningDataModule):
         self.train_split = train_split
         self.val_split = val_split
         self.num_classes = num_classes
-        self.img_size = _check_img_size(img_size)
+        self.img_size = check_img_size(img_size)
         self.in_chans = in_chans
         self.mean = tuple(mean or [0.5] * in_chans)
         self.std = tuple(std or [0.5] * in_chans)
@@ -121,6 +121,15 @@ class ImageDataModule(lightning.LightningDataModule):
             return []
         return sorted(set(self.undecodable_list.read_text(encoding="utf-8").splitlines()))
 
+    def describe(self) -> dict[str, str]:
+        """Rows of the table that opens a run."""
+        height, width = self.img_size
+        counts = f"{len(self.train_dataset)} training, {len(self.val_dataset)} validation images"
+        return {
+            "Data": f"{self.dataset_name}: {counts}, {self.num_classes} classes",
+            "Image": f"{height} x {width}, {self.in_chans} channels",
+        }
+
     def _source(self, split: str, is_training: bool) -> Any:
         kwargs = dict(self.dataset_kwargs)
         if is_streamed(self.dataset_name):
@@ -170,12 +179,14 @@ class ImageDataModule(lightning.LightningDataModule):
         )
 
 
-def _check_positive_int(name: str, value: Any) -> None:
+def check_positive_int(name: str, value: Any) -> None:
+    """Raises ValueError, with the argument's name, unless `value` is a positive integer."""
     if not isinstance(value, int) or isinstance(value, bool) or value < 1:
         raise ValueError(f"{name} must be a positive integer, got {value!r}")
 
 
-def _check_img_size(img_size: Any) -> tuple[int, int]:
+def check_img_size(img_size: Any) -> tuple[int, int]:
+    """`(height, width)` of a side or a pair; ValueError if it is neither."""
     sides = [img_size, img_size] if isinstance(img_size, int) else img_size
     valid = isinstance(sides, (list, tuple)) and len(sides) == 2
     if not valid or not all(isinstance(side, int) and not isinstance(side, bool) and side > 0 for side in sides):

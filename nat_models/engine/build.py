@@ -11,31 +11,33 @@ from hydra.utils import instantiate
 from omegaconf import DictConfig, OmegaConf
 from timm.data import resolve_data_config
 
-from nat_models.data import ImageDataModule
+from nat_models.data import DataModule
 from nat_models.engine.classification import ClassificationModule
 from nat_models.names import check_model_name
 
 IMAGE_SETTINGS = ("img_size", "in_chans", "mean", "std", "interpolation", "crop_pct")
 
 
-def build_datamodule(cfg: DictConfig) -> ImageDataModule:
+def build_datamodule(cfg: DictConfig) -> DataModule:
     """The data module of `cfg.data`, with its datasets opened.
 
     Image settings that the config leaves `null` are filled in, in `cfg` too, with what timm says the model expects.
     """
     check_model_name(cfg.model.model_name)
     pretrained_cfg = None if ":" in cfg.model.model_name else timm.get_pretrained_cfg(cfg.model.model_name)
-    expected = resolve_data_config({"in_chans": cfg.data.in_chans}, pretrained_cfg.to_dict() if pretrained_cfg else {})
+    expected = resolve_data_config(
+        {"in_chans": cfg.data.get("in_chans")}, pretrained_cfg.to_dict() if pretrained_cfg else {}
+    )
     expected |= {"in_chans": expected["input_size"][0], "img_size": list(expected["input_size"][1:])}
     for key in IMAGE_SETTINGS:
-        if cfg.data[key] is None:
+        if key in cfg.data and cfg.data[key] is None:
             cfg.data[key] = expected[key]
     datamodule = instantiate(cfg.data, _convert_="all")
     datamodule.setup("fit")
     return datamodule
 
 
-def build_evaluation_datamodule(cfg: DictConfig, hparams: dict[str, Any]) -> ImageDataModule:
+def build_evaluation_datamodule(cfg: DictConfig, hparams: dict[str, Any]) -> DataModule:
     """The data module of a run's `cfg.data` with its validation split opened.
 
     Args:
@@ -62,7 +64,7 @@ def build_trainer(cfg: DictConfig) -> lightning.Trainer:
     )
 
 
-def build_module(cfg: DictConfig, datamodule: ImageDataModule, trainer: lightning.Trainer) -> ClassificationModule:
+def build_module(cfg: DictConfig, datamodule: DataModule, trainer: lightning.Trainer) -> ClassificationModule:
     """The module of `cfg.model` and `cfg.optim`, for the classes of the data and the effective batch of the trainer."""
     if datamodule.batch_size % 2 and cfg.model.mixup is not None:
         raise ValueError(f"data.batch_size must be even with model.mixup, got {datamodule.batch_size}")
@@ -83,7 +85,7 @@ def build_module(cfg: DictConfig, datamodule: ImageDataModule, trainer: lightnin
     )
 
 
-def effective_batch(datamodule: ImageDataModule, trainer: lightning.Trainer) -> int:
+def effective_batch(datamodule: DataModule, trainer: lightning.Trainer) -> int:
     """Images per optimiser step: batch per device x devices x accumulation."""
     return datamodule.batch_size * trainer.world_size * trainer.accumulate_grad_batches
 

@@ -4,11 +4,12 @@ from dataclasses import dataclass
 from typing import Any
 
 import lightning
+import torch
 from lightning.pytorch.callbacks import Callback
 from torch import Tensor
 from torchmetrics.classification import MulticlassConfusionMatrix, MulticlassStatScores
 
-from nat_models.data import ImageDataModule
+from nat_models.data import DataModule
 
 MAX_MISTAKES = 25
 MAX_CONFUSION_CLASSES = 1000
@@ -18,13 +19,13 @@ class UndecodableCount(Callback):
     """Logs the number of training images that could not be decoded so far, as `data/undecodable`, after each epoch."""
 
     def on_train_epoch_end(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule) -> None:
-        datamodule: ImageDataModule = trainer.datamodule  # type: ignore[attr-defined]
+        datamodule: DataModule = trainer.datamodule  # type: ignore[attr-defined]
         pl_module.log("data/undecodable", float(len(datamodule.undecodable_paths())), rank_zero_only=True)
 
 
 @dataclass
 class Mistake:
-    """A misclassified input: normalised `image [C, *spatial]`, two labels, and the probability of the wrong one."""
+    """A misclassified input: normalised image or clip `[C, *spatial]`, two labels, the probability of the wrong one."""
 
     image: Tensor
     label: int
@@ -39,12 +40,14 @@ class PredictionRecorder(Callback):
         label_counts: `[num_classes, 2]` int64: images of each class, and how many of them were classified correctly.
         confusion: `[num_classes, num_classes]` int64, true class by predicted class; None above 1,000 classes.
         mistakes: the most confident mistakes of this process, at most 25, most confident first.
+        predictions: index in the dataset, label, predicted class and its probability, of every video, by index.
     """
 
     def __init__(self) -> None:
         self.label_counts: Tensor
         self.confusion: Tensor | None = None
         self.mistakes: list[Mistake] = []
+        self.predictions: list[tuple[int, int, int, float]] = []
 
     def on_validation_start(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule) -> None:
         num_classes = pl_module.hparams["num_classes"]
@@ -62,7 +65,9 @@ class PredictionRecorder(Callback):
         batch_idx: int,
         dataloader_idx: int = 0,
     ) -> None:
-        images, labels = batch
+        images, labels, *indices = batch
+        if images.ndim == 6:  # views of videos, of which the first is shown
+            images = images[:, 0]
         self._stat_scores.update(outputs, labels)
         if self._confusion is not None:
             self._confusion.update(outputs, labels)
@@ -70,6 +75,9 @@ class PredictionRecorder(Callback):
         for i in (predicted != labels).nonzero().flatten().tolist():
             mistake = Mistake(images[i].float().cpu(), int(labels[i]), int(predicted[i]), float(probability[i]))
             self.mistakes.append(mistake)
+        if indices:
+            columns = (indices[0], labels, predicted, probability)
+            self.predictions += zip(*(column.tolist() for column in columns), strict=True)
         self.mistakes = sorted(self.mistakes, key=lambda mistake: -mistake.probability)[:MAX_MISTAKES]
 
     def on_validation_end(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule) -> None:
@@ -79,3 +87,8 @@ class PredictionRecorder(Callback):
         self.label_counts = self.label_counts.cpu()
         if self._confusion is not None:
             self.confusion = self._confusion.compute().cpu()
+        if torch.distributed.is_initialized():
+            of_ranks: list[Any] = [None] * trainer.world_size
+            torch.distributed.all_gather_object(of_ranks, self.predictions)
+            self.predictions = [prediction for of_rank in of_ranks for prediction in of_rank]
+        self.predictions.sort()

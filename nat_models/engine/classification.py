@@ -98,8 +98,9 @@ class ClassificationModule(lightning.LightningModule):
             logits = self(images)
             loss = F.cross_entropy(logits, labels, label_smoothing=self.label_smoothing)
         else:
-            images, soft_labels = self.mixup(images, labels)
-            logits = self(images)
+            # To Mixup, the frames of a clip [B, C, T, H, W] are channels: each gets the same box of CutMix.
+            mixed, soft_labels = self.mixup(images.flatten(1, -3), labels)
+            logits = self(mixed.view_as(images))
             loss = F.cross_entropy(logits, soft_labels)
             labels = soft_labels.argmax(dim=1)  # the accuracy counts the class with the larger share
         if not torch.isfinite(loss):
@@ -111,22 +112,27 @@ class ClassificationModule(lightning.LightningModule):
         self.log("train/lr", max(group["lr"] for group in self.trainer.optimizers[0].param_groups))
         return loss
 
-    def validation_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> Tensor:
+    def validation_step(self, batch: tuple[Tensor, ...], batch_idx: int) -> Tensor:
         return self._evaluation_step(batch, self.val_loss, self.val_metrics, "val/loss")
 
-    def test_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> Tensor:
+    def test_step(self, batch: tuple[Tensor, ...], batch_idx: int) -> Tensor:
         return self._evaluation_step(batch, self.test_loss, self.test_metrics, "test/loss")
 
     def _evaluation_step(
-        self, batch: tuple[Tensor, Tensor], mean_loss: MeanMetric, metrics: MetricCollection, loss_name: str
+        self, batch: tuple[Tensor, ...], mean_loss: MeanMetric, metrics: MetricCollection, loss_name: str
     ) -> Tensor:
-        images, labels = batch
-        logits = self(images)
+        images, labels = batch[:2]
+        logits = self._mean_of_views(images) if images.ndim == 6 else self(images)
         mean_loss(F.cross_entropy(logits, labels), weight=len(images))
         metrics(logits, labels)
         self.log(loss_name, mean_loss, batch_size=len(images))
         self.log_dict(metrics, batch_size=len(images))
         return logits
+
+    def _mean_of_views(self, views: Tensor) -> Tensor:
+        """Views `[B, V, C, T, H, W]` of videos -> logarithm of the mean of their probabilities, `[B, num_classes]`."""
+        probabilities = self(views.flatten(0, 1)).double().softmax(dim=1)
+        return probabilities.unflatten(0, views.shape[:2]).mean(dim=1).log().float()
 
     def configure_optimizers(self) -> Any:
         optimizer = create_optimizer_v2(self.model, **(self.hparams["optimizer"] or {"opt": "adamw"}))

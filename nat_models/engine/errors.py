@@ -10,7 +10,7 @@ from hydra.errors import InstantiationException
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from omegaconf.errors import OmegaConfBaseException
 
-from nat_models.data import UndecodableImageError
+from nat_models.data import UndecodableImageError, VideoError
 
 
 class NonFiniteLossError(RuntimeError):
@@ -25,7 +25,8 @@ SETUP_ERRORS: tuple[type[Exception], ...] = (
     InstantiationException,
     OmegaConfBaseException,
 )
-RUN_ERRORS: tuple[type[Exception], ...] = (UndecodableImageError, NonFiniteLossError)
+DATA_ERRORS: tuple[type[Exception], ...] = (UndecodableImageError, VideoError)
+RUN_ERRORS: tuple[type[Exception], ...] = (*DATA_ERRORS, NonFiniteLossError)
 
 
 @contextmanager
@@ -51,7 +52,7 @@ def message_of(error: BaseException) -> str:
     if isinstance(error, InstantiationException) and error.__cause__ is not None:
         return message_of(error.__cause__)
     lines = [line for line in str(error).splitlines() if line.strip()] or [type(error).__name__]
-    if isinstance(error, UndecodableImageError):
+    if isinstance(error, DATA_ERRORS):
         # An error from a loader's worker process carries that process's traceback; its last line is the message.
         return lines[-1].removeprefix(f"{type(error).__module__}.{type(error).__qualname__}: ")
     return lines[0]

@@ -8,7 +8,7 @@ from typing import Any
 
 import lightning
 
-from nat_models.data import ImageDataModule, UndecodableImageError
+from nat_models.data import DataModule, UndecodableImageError
 from nat_models.engine.callbacks import PredictionRecorder
 from nat_models.engine.checkpoint import read_checkpoint
 from nat_models.engine.classification import ClassificationModule
@@ -35,7 +35,7 @@ class Evaluation:
     predictions: PredictionRecorder
 
 
-def evaluate(checkpoint: str | Path, datamodule: ImageDataModule, trainer_config: dict[str, Any]) -> Evaluation:
+def evaluate(checkpoint: str | Path, datamodule: DataModule, trainer_config: dict[str, Any]) -> Evaluation:
     """Validates the weights of a checkpoint (the averaged ones where training averaged them).
 
     Args:
@@ -60,6 +60,8 @@ def evaluate(checkpoint: str | Path, datamodule: ImageDataModule, trainer_config
     evaluated, expected = int(predictions.label_counts[:, 0].sum()), len(datamodule.val_dataset)
     if evaluated != expected:
         raise UndecodableImageError(f"only {evaluated} of the {expected} validation images could be evaluated")
+    if indices := [index for index, *_ in predictions.predictions]:
+        assert indices == list(range(expected)), "each video is evaluated once"
     return Evaluation(epoch, dict(metrics), class_names, predictions)
 
 
@@ -69,8 +71,8 @@ def load_classifier(checkpoint: str | Path) -> tuple[ClassificationModule, list[
     return module, module.hparams["class_names"] or [str(label) for label in range(module.hparams["num_classes"])]
 
 
-def save_evaluation(evaluation: Evaluation, folder: Path, datamodule: ImageDataModule, record: dict[str, Any]) -> None:
-    """Writes `results.json`, `per_class.csv`, `confusion_matrix.png` and `misclassified.png`.
+def save_evaluation(evaluation: Evaluation, folder: Path, datamodule: DataModule, record: dict[str, Any]) -> None:
+    """Writes `results.json`, `per_class.csv`, `confusion_matrix.png`, `misclassified.png`; of videos `predictions.csv`.
 
     Args:
         evaluation: of `evaluate`.
@@ -88,6 +90,13 @@ def save_evaluation(evaluation: Evaluation, folder: Path, datamodule: ImageDataM
         for label, (images, correct) in enumerate(counts.tolist()):
             accuracy = f"{correct / images:.6f}" if images else ""
             writer.writerow([label, evaluation.class_names[label], images, correct, accuracy])
+    if evaluation.predictions.predictions:
+        with open(folder / "predictions.csv", "w", newline="", encoding="utf-8") as file:
+            writer = csv.writer(file)
+            writer.writerow(["path", "label", "predicted", "probability"])
+            for index, label, predicted, probability in evaluation.predictions.predictions:
+                path = datamodule.val_dataset.videos[index].path
+                writer.writerow([path, label, predicted, f"{probability:.6f}"])
     if evaluation.predictions.confusion is not None:
         plot_confusion(evaluation.predictions.confusion, evaluation.class_names, folder / "confusion_matrix.png")
     plot_mistakes(

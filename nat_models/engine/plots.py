@@ -93,7 +93,7 @@ def plot_mistakes(
     std: Sequence[float],
     path: Path,
 ) -> None:
-    """Grid of misclassified images with true and predicted class.
+    """Grid of misclassified images with true and predicted class; of a clip, four frames in reading order.
 
     Args:
         mistakes: those to show, most confident first.
@@ -108,7 +108,7 @@ def plot_mistakes(
     for axes in figure.subplots(rows, columns, squeeze=False).flat:
         axes.axis("off")
     for axes, mistake in zip(figure.axes, mistakes, strict=False):
-        axes.imshow(_pixels(mistake.image, mean, std).numpy(), cmap="gray", vmin=0, vmax=1)
+        axes.imshow(_pixels(_frames_in_one(mistake.image), mean, std).numpy(), cmap="gray", vmin=0, vmax=1)
         true, predicted = (textwrap.shorten(class_names[i], 24) for i in (mistake.label, mistake.predicted))
         axes.set_title(f"true: {true}\npredicted: {predicted} ({100 * mistake.probability:.0f} %)", fontsize=9)
     title = f"{num_mistakes} mistake{'' if num_mistakes == 1 else 's'}, most confident first"
@@ -186,6 +186,14 @@ def _relative_attention(layer: LayerAttention, height: int, width: int, query: t
     relative = layer.probabilities(token)[0].mean(0) * attends.sum()
     rows, columns = layer.spatial
     return relative.masked_fill(~attends, float("nan"))[:rows, :columns].cpu()
+
+
+def _frames_in_one(image: Tensor) -> Tensor:
+    """Four frames of a clip `[C, T, H, W]`, from first to last, as one image `[C, 2H, 2W]`; images stay as they are."""
+    if image.ndim == 3:
+        return image
+    frames = image[:, torch.linspace(0, image.shape[1] - 1, 4).round().long()]
+    return frames.unflatten(1, (2, 2)).permute(0, 1, 3, 2, 4).flatten(3, 4).flatten(1, 2)
 
 
 def _pixels(image: Tensor, mean: Sequence[float], std: Sequence[float]) -> Tensor:

@@ -8,7 +8,7 @@ from rich import box
 from rich.console import Console
 from rich.table import Table
 
-from nat_models.data import ImageDataModule
+from nat_models.data import DataModule
 from nat_models.engine.build import effective_batch, learning_rate
 from nat_models.engine.classification import ClassificationModule
 
@@ -21,7 +21,7 @@ METRIC_TITLES = {
 
 def print_setup(
     cfg: DictConfig,
-    datamodule: ImageDataModule,
+    datamodule: DataModule,
     trainer: lightning.Trainer,
     module: ClassificationModule,
     run_dir: Path,
@@ -32,12 +32,9 @@ def print_setup(
     if cfg.optim.base_batch:
         lr += f" = {cfg.optim.base_lr:.3g} x {batch} / {cfg.optim.base_batch} (linear scaling)"
     parameters = sum(parameter.numel() for parameter in module.model.parameters())
-    height, width = datamodule.img_size
     rows = {
         "Model": f"{cfg.model.model_name}, {parameters / 1e6:.2f} M parameters",
-        "Data": f"{cfg.data.name}: {len(datamodule.train_dataset)} training, {len(datamodule.val_dataset)} validation"
-        f" images, {datamodule.num_classes} classes",
-        "Image": f"{height} x {width}, {datamodule.in_chans} channels",
+        **datamodule.describe(),
         "Device": f"{trainer.world_size} x {trainer.strategy.root_device.type}, precision {trainer.precision}",
         "Effective batch": f"{batch} = {datamodule.batch_size} per device x {trainer.world_size} devices"
         f" x {trainer.accumulate_grad_batches} accumulated",

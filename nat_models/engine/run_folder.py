@@ -15,7 +15,19 @@ import torch
 from omegaconf import DictConfig, OmegaConf
 from torch.distributed import TCPStore
 
-PACKAGES = ("nat-models", "torch", "torchvision", "triton", "timm", "lightning", "torchmetrics", "hydra-core", "numpy")
+PACKAGES = (
+    "nat-models",
+    "torch",
+    "torchvision",
+    "triton",
+    "timm",
+    "lightning",
+    "torchmetrics",
+    "hydra-core",
+    "numpy",
+    "av",
+    "torchcodec",
+)
 
 
 @cache

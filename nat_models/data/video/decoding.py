@@ -90,8 +90,11 @@ def check_decoder(decoder: str) -> None:
         if decoder == "pyav":
             import av  # noqa: F401
         else:
-            import torchcodec.decoders  # noqa: F401
-    except (ImportError, RuntimeError, OSError) as error:
+            import torchcodec.decoders
+
+            if torchcodec.ffmpeg_major_version is None:
+                raise ImportError("torchcodec found none")
+    except (ImportError, RuntimeError, OSError, AttributeError) as error:
         hint = "pip install 'nat-models[video]'" if decoder == "pyav" else "it needs FFmpeg's shared libraries"
         reason = str(error).strip().splitlines()[0]
         raise ValueError(f"data.decoder={decoder!r} cannot be used here ({hint}): {reason}") from error
@@ -135,7 +138,7 @@ class PyAVVideo:
             self._open()
             self._index_packets()
         except self._errors as error:
-            raise VideoError(f"cannot decode {path}: {error}") from error
+            raise VideoError(f"cannot decode {path}: {_reason(error)}") from error
 
     def frames_at(self, times: Sequence[float]) -> Tensor:
         try:
@@ -149,7 +152,7 @@ class PyAVVideo:
                     raise VideoError(f"cannot decode {self._path}: {message}") from None
                 frames = self._decode(shown_at(self._timestamps, times))
         except self._errors as error:
-            raise VideoError(f"cannot decode {self._path}: {error}") from error
+            raise VideoError(f"cannot decode {self._path}: {_reason(error)}") from error
         return torch.from_numpy(np.stack(frames)).permute(0, 3, 1, 2)
 
     def _open(self) -> None:
@@ -293,7 +296,7 @@ class TorchCodecVideo:
             self._begin, end = metadata.begin_stream_seconds, metadata.end_stream_seconds
             self.num_frames = metadata.num_frames or 0
         except (RuntimeError, ValueError) as error:
-            raise VideoError(f"cannot decode {path}: {_first_line(error)}") from error
+            raise VideoError(f"cannot decode {path}: {_reason(error)}") from error
         if not self.num_frames:
             raise VideoError(f"cannot decode {path}: it holds no frames")
         told = metadata.num_frames_from_header
@@ -307,7 +310,7 @@ class TorchCodecVideo:
         try:
             return self._decoder.get_frames_played_at(seconds).data.cpu()
         except (RuntimeError, ValueError, IndexError) as error:
-            raise VideoError(f"cannot decode {self._path}: {_first_line(error)}") from error
+            raise VideoError(f"cannot decode {self._path}: {_reason(error)}") from error
 
 
 class FrameFolder:
@@ -410,5 +413,7 @@ def _stack(images: Sequence[np.ndarray], name: str | Path) -> Tensor:
     return torch.from_numpy(np.stack(images)).permute(0, 3, 1, 2)
 
 
-def _first_line(error: BaseException) -> str:
-    return (str(error).strip().splitlines() or [type(error).__name__])[0]
+def _reason(error: BaseException) -> str:
+    """What an FFmpeg error says, without its number and the path; of others the first line."""
+    text = getattr(error, "strerror", None) or str(error)
+    return (text.strip().splitlines() or [type(error).__name__])[0]

@@ -3,7 +3,7 @@
 All functions return times in seconds from the first frame; `Video.frames_at` tells the frames shown then.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 import torch
@@ -66,6 +66,10 @@ class Sampling:
             offsets = [(index + 0.5) / num_clips for index in range(num_clips)]
             clips = [self._uniform(duration, num_frames, [offset] * self.num_frames) for offset in offsets]
         return [self._repeated(clip) for clip in clips]
+
+    def without_motion(self) -> "Sampling":
+        """The same, with the middle frame in the place of all others."""
+        return replace(self, repeat_frame=True)
 
     def _dense(self, duration: float, num_frames: int, position: float) -> list[float]:
         """A clip that starts at `position` (0..1) of the possible starts."""
