@@ -13,6 +13,7 @@ ROOT = Path(__file__).parent.parent
 LAYERS = {
     "fused_na": ["fused_na"],
     "nat_models.data": ["nat_models.data"],
+    "nat_models.scan": ["nat_models.data"],
     "nat_models._timm": [],
     "nat_models.layers": ["fused_na", "nat_models._timm"],
     "nat_models.engine": ["nat_models"],

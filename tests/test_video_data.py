@@ -1,5 +1,6 @@
 """Sampling, lists, transforms, damaged videos, the generated digits, and the video data module."""
 
+import csv
 import json
 from collections import Counter
 from pathlib import Path
@@ -10,6 +11,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
+from training_runs import run
 from video_files import numbers_in, picture, write_video
 
 from nat_models.data import VideoDataModule, VideoError
@@ -19,6 +21,7 @@ from nat_models.data.video.decoding import open_video
 from nat_models.data.video.moving_digits import MOTIONS, write_moving_digits
 from nat_models.data.video.sampling import Sampling
 from nat_models.data.video.transforms import evaluation_transform, training_transform
+from nat_models.scan import main as scan
 
 MEAN, STD = [0.4, 0.5, 0.6], [0.2, 0.3, 0.4]
 CLASSES = ["jump", "run", "walk"]
@@ -411,3 +414,46 @@ def test_digits_move_as_their_class_says():
             assert abs(x) <= 1 and abs(y) <= 1
         else:
             assert (np.sign(x), np.sign(y)) == (right, down)
+
+
+# python -m nat_models.scan
+
+
+def test_scan_sorts_videos_and_its_lists_train_and_evaluate(damaged, capsys):
+    with open(damaged / "train.csv", "a") as file:
+        file.write("gone.mp4,1\n1_6.mp4,0\n")
+    assert scan(["--workers", "2", "--output", str(damaged / "scan"), str(damaged / "train.csv")]) == 1
+    with open(damaged / "scan" / "report.csv", newline="") as file:
+        rows = {Path(row["path"]).name: row for row in csv.DictReader(file)}
+    states = {name: row["state"] for name, row in rows.items()}
+    assert len(states) == 15 and Counter(states.values()) == {
+        "readable": 7,
+        "damaged": 6,
+        "too short": 1,
+        "wrong label": 1,
+    }
+    assert states["0_0.mp4"] == "too short" and states["gone.mp4"] == "damaged" and states["1_6.mp4"] == "wrong label"
+    assert all(states[f"0_{index}.mp4"] == "damaged" for index in range(1, 6))
+    assert (rows["0_6.mp4"]["frames"], rows["0_6.mp4"]["class"]) == ("16", "0")
+    assert "two labels" in rows["1_6.mp4"]["reason"] and "no such file" in rows["gone.mp4"]["reason"]
+    output = capsys.readouterr().out
+    assert "wrong label" in output and "0_3.mp4: damaged" in output
+
+    clean = read_annotations(damaged / "scan" / "clean.tsv")
+    assert sorted(labels(clean)) == ["0_6.mp4", *(f"1_{index}.mp4" for index in range(6))]
+    settings = {"train_list": "scan/clean.tsv", "excluded_list": str(damaged / "scan" / "damaged.txt")}
+    data = data_module(damaged, **settings)
+    data.setup("fit")
+    assert sum(len(labels) for _, labels in data.train_dataloader()) == 6  # pairs of seven
+    assert len(list(data.val_dataset)) == 2 and len(data.excluded) == 2
+
+
+def test_scan_of_a_folder_that_is_fine(tmp_path):
+    write_video(tmp_path / "walk" / "a.mp4", 70, keyframe_every=20)
+    assert scan(["--workers", "1", "--output", str(tmp_path / "scan"), str(tmp_path)]) == 0
+    assert (tmp_path / "scan" / "damaged.txt").read_text() == ""
+
+
+def test_scan_says_what_is_wrong_with_its_arguments(tmp_path):
+    process = run(tmp_path, "nat_models/scan.py", "nowhere.csv")
+    assert process.returncode == 2 and "no list of videos 'nowhere.csv'" in process.stderr

@@ -52,6 +52,7 @@ class Annotations:
         missing: paths of the list that do not exist.
         duplicates: paths that the list holds more than once, with one label.
         holes: classes without a video.
+        wrong_labels: path -> what is wrong with its label, where such are allowed.
     """
 
     videos: list[LabelledVideo]
@@ -60,6 +61,7 @@ class Annotations:
     missing: list[str] = field(default_factory=list)
     duplicates: list[str] = field(default_factory=list)
     holes: list[str] = field(default_factory=list)
+    wrong_labels: dict[str, str] = field(default_factory=dict)
 
     def problems(self) -> list[str]:
         """One line for each kind of problem."""
@@ -76,6 +78,7 @@ def read_annotations(
     form: str | None = None,
     classes: Sequence[str] | None = None,
     training: bool = True,
+    allow_wrong_labels: bool = False,
 ) -> Annotations:
     """Reads a list of videos.
 
@@ -85,6 +88,8 @@ def read_annotations(
         form: one of the table above; None: detected.
         classes: names in label order; None: what the list tells. In evaluation those of training.
         training: which part of an `hmdb51` split is wanted.
+        allow_wrong_labels: leave out videos with a label that is not among the classes, or with two labels, instead of
+            raising an error.
 
     Raises:
         FileNotFoundError: no such source.
@@ -104,13 +109,20 @@ def read_annotations(
     videos: dict[str, LabelledVideo] = {}
     found = Annotations([], names, form)
     for entry, label, num_frames in rows:
-        video = LabelledVideo(entry, _number(label, numbers, path, entry), num_frames)
-        if entry in videos:
-            if videos[entry].label != video.label:
-                labels = f"{names[videos[entry].label]!r} and {names[video.label]!r}"
-                raise ValueError(f"{path} gives {entry} two labels, {labels}")
+        number = _number(label, numbers)
+        known = videos.get(entry)
+        if number is None:
+            found.wrong_labels[entry] = f"the label {label!r}, which is not among the {len(names)} classes"
+        elif known is None:
+            videos[entry] = LabelledVideo(entry, number, num_frames)
+        elif known.label == number:
             found.duplicates.append(entry)
-        videos[entry] = video
+        else:
+            found.wrong_labels[entry] = f"two labels, {names[known.label]!r} and {names[number]!r}"
+    for entry, problem in found.wrong_labels.items():
+        if not allow_wrong_labels:
+            raise ValueError(f"{path} gives {entry} {problem}")
+        videos.pop(entry, None)
     for video in videos.values():
         there = SHARD_SEPARATOR in video.path or Path(video.path).exists()
         (found.videos if there else found.missing).append(video if there else video.path)  # type: ignore[arg-type]
@@ -292,9 +304,7 @@ def _names(labels: list[str]) -> list[str]:
     return sorted(set(labels), key=natural_key)
 
 
-def _number(label: str, numbers: dict[str, int], path: Path, entry: str) -> int:
-    if label in numbers:
-        return numbers[label]
-    if label.isdigit() and int(label) < len(numbers):
+def _number(label: str, numbers: dict[str, int]) -> int | None:
+    if label.isdigit() and label not in numbers and int(label) < len(numbers):
         return int(label)
-    raise ValueError(f"{path} gives {entry} the label {label!r}, which is not among the {len(numbers)} classes")
+    return numbers.get(label)

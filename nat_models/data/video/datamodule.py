@@ -1,5 +1,6 @@
 """The video data module: one class for every list of videos, and for the generated moving digits."""
 
+import os
 from pathlib import Path
 from typing import Any
 
@@ -221,15 +222,16 @@ class VideoDataModule(lightning.LightningDataModule):
         excluded: set[str] = set()
         if self.excluded_list is not None:
             excluded = set(self.excluded_list.read_text(encoding="utf-8").splitlines())
-        missing = [path for path in val.missing if path not in excluded]
+        excluded = {os.path.abspath(path) for path in excluded}
+        missing = [path for path in val.missing if os.path.abspath(path) not in excluded]
         if missing:
             raise FileNotFoundError(
                 f"{len(missing)} validation videos are missing, none of which may be left out unless "
                 f"data.excluded_list names it: {', '.join(missing[:3])}"
             )
-        known = {video.path for video in val.videos} | set(val.missing)
+        known = {os.path.abspath(path) for path in [*val.missing, *(video.path for video in val.videos)]}
         self.excluded = sorted(excluded & known)
-        return [video for video in val.videos if video.path not in excluded]
+        return [video for video in val.videos if os.path.abspath(video.path) not in excluded]
 
     def _evaluation(self, videos: list[LabelledVideo], sampling: Sampling, views: tuple[int, int]) -> EvaluationViews:
         clips, crops = views
