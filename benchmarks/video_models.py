@@ -1,0 +1,295 @@
+"""Clips per second and memory of video models in training and inference, and the latency of streams.
+
+    python benchmarks/video_models.py [MODEL ...] [--frames 16 32] [--output results/video_models.csv]
+
+On a GPU under bfloat16 autocast and torch.compile. A model is one of this project's or torchvision's names; after a
+colon stands a variant of ours: `nat3d_tiny:flex` has FlexAttention in place of our kernels, checked to give the same
+before anything is timed. Streaming models are timed frame by frame: their step, and the whole model on its
+window of the last frames, which is what a model without a state has to compute.
+"""
+
+import argparse
+import sys
+from collections.abc import Callable
+from contextlib import nullcontext
+from functools import partial
+from pathlib import Path
+from statistics import mean, median
+from time import perf_counter
+from typing import Any
+from unittest.mock import patch
+
+import timm
+import torch
+import torchvision
+from providers import rule
+from record import ROOT, write_csv
+from rich.console import Console
+from rich.table import Table
+from timing import provenance
+from torch import Tensor, nn
+from torch.nn.attention.flex_attention import create_block_mask, flex_attention
+from torchvision.models.video import mvit
+
+import nat_models  # noqa: F401  registers the models with timm
+from fused_na import neighborhood_attention
+from fused_na.window import Axis
+
+ATTENTION = "nat_models.layers.neighborhood_attention"
+VARIANTS: dict[str, dict[str, Any]] = {
+    "": {},
+    "flex": {},
+    "rope": dict(position="rope"),
+    "strided": dict(stride=(2, 4, 4)),
+    "windows": dict(stride=7),
+}
+MODELS = ["swin3d_t", "swin3d_b", "mvit_v2_s", "nat3d_tiny", "nat3d_tiny:flex", "nat3d_tiny:strided", "nat3d_small"]
+STREAMS = ["nat_stream_tiny"]
+NUM_CLASSES = 400
+TOLERANCE = 0.05  # of results that should be the same, relative by norm, in bfloat16
+
+
+class Flex:
+    """`neighborhood_attention` by FlexAttention, for the calls that it has been prepared for."""
+
+    def __init__(self) -> None:
+        self.problems: dict[tuple, tuple] = {}
+
+    def prepare(self, query: Tensor, key: Tensor, value: Tensor, *options: Any) -> Tensor:
+        """Stands in for attention while a model runs once: readies the rule and the mask of its calls.
+
+        Raises:
+            RuntimeError: FlexAttention does not give what our kernels do, on random inputs of the same shapes.
+        """
+        problem = self._problem(query, options)
+        if problem in self.problems:
+            return query
+        attends, place = rule(tuple(map(Axis, *problem)))
+        tokens, device = query.shape[1:-2].numel(), query.device
+        mask = create_block_mask(attends, None, None, tokens, tokens, device, _compile=device.type == "cuda")
+        self.problems[problem] = (mask, place)
+        inputs = [torch.randn(x.shape, dtype=x.dtype, device=device) for x in (query, key, value)]
+        *others, rpb = options
+        rpb = None if rpb is None else torch.randn_like(rpb)
+        expected = neighborhood_attention(*inputs, *others, rpb)
+        actual = compiled(self.attend, device)(*inputs, *others, rpb)
+        error = ((actual - expected).float().norm() / expected.float().norm()).item()
+        if not error < TOLERANCE:
+            raise RuntimeError(f"FlexAttention differs by {error:.1e} from neighborhood attention of {problem}")
+        return query
+
+    def attend(self, query: Tensor, key: Tensor, value: Tensor, *options: Any) -> Tensor:
+        """The arguments of `neighborhood_attention` up to `rpb`; the same result."""
+        mask, place = self.problems[self._problem(query, options)]
+        *_, scale, rpb = options
+        score_mod = None
+        if rpb is not None:
+            bias = rpb.flatten(1)
+
+            def score_mod(score: Tensor, batch: Tensor, head: Tensor, query: Tensor, key: Tensor) -> Tensor:
+                return score + bias[head, place(query, key)]
+
+        heads_first = (x.flatten(1, -3).transpose(1, 2) for x in (query, key, value))
+        output = flex_attention(*heads_first, score_mod=score_mod, block_mask=mask, scale=scale)
+        return output.transpose(1, 2).unflatten(1, query.shape[1:-2])
+
+    @staticmethod
+    def _problem(query: Tensor, options: tuple) -> tuple:
+        kernel_size, stride, dilation, is_causal, *_ = options
+        return tuple(map(tuple, (query.shape[1:-2], kernel_size, stride, dilation, is_causal)))
+
+
+def build(name: str, frames: int, size: int) -> nn.Module:
+    """A model for clips of so many frames of `size` x `size`; torchvision's by torchvision's names."""
+    name, _, variant = name.partition(":")
+    if timm.is_model(name):
+        return timm.create_model(name, num_classes=NUM_CLASSES, num_frames=frames, **VARIANTS[variant])
+    if name == "mvit_v2_s":  # whose positions are for 16 x 224 x 224 unless told otherwise
+        build_mvit, sizes = mvit._mvit, dict(temporal_size=frames, spatial_size=(size, size))
+        with patch.object(mvit, "_mvit", lambda **arguments: build_mvit(**arguments | sizes)):
+            return mvit.mvit_v2_s(num_classes=NUM_CLASSES)
+    return torchvision.models.get_model(name, num_classes=NUM_CLASSES)
+
+
+def autocast(device: torch.device) -> torch.autocast:
+    """bfloat16 on a GPU, nothing on the CPU."""
+    return torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda")
+
+
+def compiled(function: Callable, device: torch.device) -> Callable:
+    """Compiled on a GPU, as it is on the CPU."""
+    return torch.compile(function, dynamic=False) if device.type == "cuda" else function
+
+
+def synchronize(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.synchronize()
+
+
+def seconds(call: Callable[[], object], device: torch.device, repeats: int) -> float:
+    """Median time of a call with all its work on the device."""
+    for _ in range(3 if device.type == "cuda" else 1):
+        call()
+    times = []
+    for _ in range(repeats):
+        synchronize(device)
+        begin = perf_counter()
+        call()
+        synchronize(device)
+        times.append(perf_counter() - begin)
+    return median(times)
+
+
+def measure(call: Callable[[], object], device: torch.device, repeats: int) -> tuple[float, float | str]:
+    """Median seconds of a call, and the peak of memory in GiB while it ran, model included; none on the CPU."""
+    call()
+    if device.type != "cuda":
+        return seconds(call, device, repeats), ""
+    torch.cuda.reset_peak_memory_stats()
+    return seconds(call, device, repeats), torch.cuda.max_memory_allocated() / 2**30
+
+
+def clip_rows(name: str, frames: int, options: argparse.Namespace, device: torch.device) -> list[dict[str, Any]]:
+    """Times of a model in training (with the optimiser's step) and inference."""
+    torch.manual_seed(0)
+    torch.compiler.reset()
+    clip = torch.randn(options.batch_size, 3, frames, options.image_size, options.image_size, device=device)
+    labels = torch.randint(NUM_CLASSES, (len(clip),), device=device)
+    rows = []
+    model = optimizer = None
+    row: dict[str, Any] = dict(model=name, frames=frames, image_size=options.image_size, batch_size=len(clip))
+    for mode in ("inference", "train"):
+        result: dict[str, Any] = dict(clips_per_s="", ms="", peak_gib="", status="ok")
+        try:
+            model = build(name, frames, options.image_size).to(device)
+            row["parameters_m"] = f"{sum(p.numel() for p in model.parameters()) / 1e6:.2f}"
+            flex = Flex()
+            is_flex = name.endswith(":flex")
+            if is_flex:
+                with patch(ATTENTION, flex.prepare):
+                    inference(model, None, clip, labels)
+            optimizer = torch.optim.AdamW(model.parameters(), fused=device.type == "cuda")
+            with patch(ATTENTION, flex.attend) if is_flex else nullcontext():
+                step = train_step if mode == "train" else inference
+                run = partial(step, compiled(model.train(mode == "train"), device), optimizer, clip, labels)
+                elapsed, peak = measure(run, device, options.repeats)
+            result["clips_per_s"], result["ms"] = f"{len(clip) / elapsed:.2f}", f"{1e3 * elapsed:.2f}"
+            result["peak_gib"] = peak and f"{peak:.2f}"
+        except Exception as failure:  # out of memory, a kernel that does not compile: as many kinds
+            result["status"] = f"failed: {type(failure).__name__}: {(str(failure).splitlines() or [''])[0][:200]}"
+        model = optimizer = run = None
+        torch.compiler.reset()
+        torch.cuda.empty_cache()
+        rows.append(row | dict(mode=mode) | result)
+        print(name, frames, mode, result, file=sys.stderr, flush=True)
+    return [dict(parameters_m="") | r for r in rows]
+
+
+def inference(model: nn.Module, optimizer: torch.optim.Optimizer | None, clip: Tensor, labels: Tensor) -> None:
+    """Logits without a graph."""
+    with torch.no_grad(), autocast(clip.device):
+        model(clip)
+
+
+def train_step(model: nn.Module, optimizer: torch.optim.Optimizer, clip: Tensor, labels: Tensor) -> None:
+    """Forward, backward and the optimiser's step."""
+    with autocast(clip.device):
+        loss = nn.functional.cross_entropy(model(clip), labels)
+    loss.backward()
+    optimizer.step()
+    optimizer.zero_grad()
+
+
+@torch.no_grad()
+def stream_rows(name: str, options: argparse.Namespace, device: torch.device) -> list[dict[str, Any]]:
+    """Latency of one stream per frame: of its step, and of the whole model on the window of its head."""
+    torch.manual_seed(0)
+    torch.compiler.reset()
+    model: Any = build(name, options.window, options.image_size).to(device).eval()
+    size = options.image_size
+    clip = torch.randn(1, 3, options.window, size, size, device=device)
+    step, forward = compiled(model.step, device), compiled(lambda x: model(x), device)
+    with autocast(device):
+        state = model.init_state(1, size, size)
+        for t in range(options.window):
+            logits, state = step(clip[:, :, t : t + 1], state)
+        expected = model(clip)
+        error = ((logits[:, -1] - expected).float().norm() / expected.float().norm()).item()
+        if not error < TOLERANCE:
+            raise RuntimeError(f"{name}: the step's logits differ by {error:.1e} from the whole model's")
+
+        held = [state, state]  # with an even and an odd number of frames
+        held[1] = step(clip[:, :, :1], state)[1]
+        times = {f"step, {kind} map": measure(lambda s=s: step(clip[:, :, :1], s), device, options.repeats)
+                 for kind, s in zip(("new", "no"), held, strict=True)}  # fmt: skip
+        times["window"] = measure(lambda: forward(clip), device, options.repeats)
+    state_mib = sum(x.nbytes for x in (state.stem, *state.past, state.pooled)) / 2**20
+    steps = times["step, new map"], times["step, no map"]  # every second frame adds a map
+    times["step, mean"] = mean(elapsed for elapsed, _ in steps), max(peak for _, peak in steps)
+    rows = []
+    for way, (elapsed, peak) in times.items():
+        rows.append(
+            dict(model=name, way=way, image_size=size, window=options.window, ms_per_frame=f"{1e3 * elapsed:.3f}",
+                 window_over_this=f"{times['window'][0] / elapsed:.2f}", peak_gib=peak and f"{peak:.3f}",
+                 state_mib=f"{state_mib:.1f}", max_error=f"{error:.1e}")
+        )  # fmt: skip
+        print(rows[-1], file=sys.stderr, flush=True)
+    return rows
+
+
+def show(rows: list[dict[str, Any]]) -> None:
+    """A table of the rows."""
+    table = Table(*rows[0])
+    for row in rows:
+        table.add_row(*map(str, row.values()))
+    Console(width=180).print(table)
+
+
+def known(name: str) -> str:
+    """A model with its variant, as an argument's type."""
+    model, _, variant = name.partition(":")
+    is_ours = timm.is_model(model) and timm.models.model_entrypoint(model).__module__.startswith("nat_models")
+    if not (is_ours and variant in VARIANTS) and not (model in MODELS and not variant):
+        allowed = "one of this project's, with a variant of " + ", ".join(filter(None, VARIANTS))
+        raise argparse.ArgumentTypeError(f"{name!r} is neither {allowed}, nor swin3d_t, swin3d_b or mvit_v2_s")
+    return name
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("models", nargs="*", type=known, help=f"(default: {' '.join(MODELS)})")
+    parser.add_argument("--streams", nargs="*", type=known, default=STREAMS, help="(default: %(default)s)")
+    parser.add_argument("--frames", nargs="+", type=int, default=[16, 32], help="of a clip (default: %(default)s)")
+    parser.add_argument("--batch-size", type=int, default=8, help="clips (default: %(default)s)")
+    parser.add_argument("--image-size", type=int, default=224, help="pixels a side (default: %(default)s)")
+    parser.add_argument("--window", type=int, default=32, help="frames of a stream's window (default: %(default)s)")
+    parser.add_argument("--repeats", type=int, default=20, help="of which the median counts (default: %(default)s)")
+    parser.add_argument(
+        "--device", default="cuda" if torch.cuda.is_available() else "cpu", help="(default: %(default)s)"
+    )
+    parser.add_argument("--commit", help="recorded instead of what git says, for a copy without its history")
+    parser.add_argument("--output", type=Path, default=ROOT / "results" / "video_models.csv", help="CSV to write")
+    parser.add_argument(
+        "--stream-output", type=Path, default=ROOT / "results" / "video_streams.csv", help="CSV of the latencies"
+    )
+    options = parser.parse_args()
+    device = torch.device(options.device)
+    torch.set_float32_matmul_precision("high")
+    torch._dynamo.config.cache_size_limit = 64  # a model's blocks differ in shapes and settings
+    where = provenance(device, options.commit)
+    rows: list[dict[str, Any]] = []
+    for frames in options.frames:
+        for name in options.models or MODELS:
+            rows += [row | where for row in clip_rows(name, frames, options, device)]
+            write_csv(options.output, rows)  # a run that is cut off leaves what it has
+    streams = [row | where for name in options.streams for row in stream_rows(name, options, device)]
+    for title, table, path in (("clips", rows, options.output), ("streams", streams, options.stream_output)):
+        if table:
+            show([{key: value for key, value in row.items() if key not in where} for row in table])
+            write_csv(path, table)
+            print(f"{title} written to {path}")
+    sys.exit(any(row["status"] != "ok" for row in rows))
+
+
+if __name__ == "__main__":
+    main()
