@@ -4,6 +4,7 @@ import argparse
 import csv
 from fnmatch import fnmatchcase
 from importlib import resources
+from pathlib import Path
 
 COLUMNS = {  # column of published.csv -> title
     "model": "model",
@@ -13,6 +14,8 @@ COLUMNS = {  # column of published.csv -> title
     "top1": "top-1 (%)",
     "weights": "weights",
 }
+LEFT = ("model", "weights")
+RESULTS = Path(__file__).parent.parent / "results"  # of a working copy; an installed package has none
 
 
 def published_models() -> list[dict[str, str]]:
@@ -27,6 +30,17 @@ def published_models() -> list[dict[str, str]]:
         return list(csv.DictReader(file))
 
 
+def measured_models() -> dict[str, dict[str, dict[str, dict[str, str]]]]:
+    """What `benchmarks/models.py` measured: device -> model -> mode ("train", "inference") -> row of its table."""
+    measured: dict[str, dict[str, dict[str, dict[str, str]]]] = {}
+    for path in sorted(RESULTS.glob("models_*.csv")):
+        with path.open(newline="") as file:
+            for row in csv.DictReader(file):
+                if row.get("status") == "ok":
+                    measured.setdefault(row["device"], {}).setdefault(row["model"], {})[row["mode"]] = row
+    return measured
+
+
 def main(arguments: list[str] | None = None) -> None:
     """Prints the table; exits with status 2 where no model matches."""
     parser = argparse.ArgumentParser(prog="python -m nat_models.list", description="Lists the registered models.")
@@ -36,11 +50,33 @@ def main(arguments: list[str] | None = None) -> None:
     rows = [row for row in published_models() if fnmatchcase(row["model"], shell_pattern)]
     if not rows:
         parser.error(f"no model matches {pattern!r}")
-    table = [list(COLUMNS.values()), *([row[column] or "-" for column in COLUMNS] for row in rows)]
-    widths = [max(map(len, column)) for column in zip(*table, strict=True)]
-    for name, *numbers, weights in table:
-        aligned = (number.rjust(width) for number, width in zip(numbers, widths[1:-1], strict=True))
-        print("  ".join([name.ljust(widths[0]), *aligned, weights]))
+    columns = {title: [row[column] or "-" for row in rows] for column, title in COLUMNS.items()}
+    measured, notes = _measured_columns([row["model"] for row in rows])
+    aligned = []
+    for title, cells in (columns | measured).items():
+        width = max(map(len, [title, *cells]))
+        aligned.append([f"{cell:{'<' if title in LEFT else '>'}{width}}" for cell in [title, *cells]])
+    for line in zip(*aligned, strict=True):
+        print("  ".join(line).rstrip())
+    for note in notes:
+        print(note)
+
+
+def _measured_columns(names: list[str]) -> tuple[dict[str, list[str]], list[str]]:
+    """Two columns for each device that any of these models was measured on, and a note on how."""
+    columns: dict[str, list[str]] = {}
+    notes: list[str] = []
+    for device, models in measured_models().items():
+        found = [row for name in names for row in models.get(name, {}).values()]
+        if not found:
+            continue
+        number = len(notes) + 1
+        for mode in ("train", "inference"):
+            rates = [models.get(name, {}).get(mode, {}).get("images_per_s") for name in names]
+            columns[f"{mode} [{number}]"] = ["-" if rate is None else f"{float(rate):.0f}" for rate in rates]
+        how = f"{found[0]['dtype']}, batch {found[0]['batch_size']}, torch {found[0]['torch']}"
+        notes.append(f"[{number}] images per second, compiled, on {device}: {how}, commit {found[0]['commit']}")
+    return columns, notes
 
 
 if __name__ == "__main__":

@@ -108,6 +108,16 @@ def test_meta_device(backend: str) -> None:
         assert x.is_meta and x.shape == on_cpu[name].shape and x.dtype == on_cpu[name].dtype
 
 
+def test_meta_device_cuts_no_tiles(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As counting a large model's operations would take minutes."""
+    pytest.importorskip("triton")
+    monkeypatch.setattr("fused_na.blocked.attend", None)
+    query = torch.empty(1, 96, 96, 6, 32, device="meta", requires_grad=True)
+    output = na2d(query, query, query, 7, dilation=13)
+    assert isinstance(output, Tensor) and output.is_meta and output.shape == query.shape
+    assert torch.autograd.grad(output, query, output)[0].shape == query.shape
+
+
 @pytest.mark.parametrize("backend", ["reference", "blocked"])
 def test_autocast_computes_as_on_rounded_inputs(backend: str) -> None:
     problem = Problem((7, 9), (3, 4), (2, 1), (2, 1), (True, False), heads=4, has_rpb=True, additional=3)

@@ -54,12 +54,6 @@ def full(name: str, **kwargs: Any) -> nn.Module:
         return timm.create_model(name, **kwargs).eval()
 
 
-@pytest.fixture
-def shapes_only(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Attention gives back its query: enough where tensors hold no values."""
-    monkeypatch.setattr("nat_models.layers.neighborhood_attention", lambda query, *arguments: query)
-
-
 def images(*shape: int) -> Tensor:
     return torch.randn(*shape, generator=torch.Generator().manual_seed(1))
 
@@ -130,7 +124,7 @@ def within_rounding(actual: float, published: float) -> bool:
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_size_is_the_published_one(name: str, shapes_only: None) -> None:
+def test_size_is_the_published_one(name: str) -> None:
     model, entry = full(name, num_classes=1000), PUBLISHED[name]  # the published sizes have a head for 1000 classes
     assert within_rounding(sum(p.numel() for p in model.parameters()) / 1e6, entry["params_M"])
     if "gflops" in entry:
@@ -163,7 +157,7 @@ def test_pretrained_cfg(name: str) -> None:
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_full_size_forward_agrees_with_the_cfg(name: str, shapes_only: None) -> None:
+def test_full_size_forward_agrees_with_the_cfg(name: str) -> None:
     model = full(name)
     cfg, batch = model.pretrained_cfg, torch.empty(1, *model.pretrained_cfg["input_size"], device="meta")
     features = model.forward_features(batch)
@@ -232,7 +226,7 @@ def test_classifier_can_be_reset(name: str) -> None:
 
 @pytest.mark.parametrize("feature_cls", [None, "list", "getter"])
 @pytest.mark.parametrize("name", NAMES)
-def test_full_size_features_agree_with_their_info(name: str, feature_cls: str | None, shapes_only: None) -> None:
+def test_full_size_features_agree_with_their_info(name: str, feature_cls: str | None) -> None:
     model = full(name, features_only=True, **({} if feature_cls is None else {"feature_cls": feature_cls}))
     channel_axis, spatial_axes = get_channel_dim(model.output_fmt), get_spatial_dim(model.output_fmt)
     outputs = model(torch.empty(2, 3, 128, 192, device="meta"))
