@@ -7,6 +7,7 @@ import json
 from pathlib import Path
 
 import hydra
+from lightning.pytorch.utilities import rank_zero_only
 from omegaconf import DictConfig, OmegaConf
 
 from nat_models.engine.build import build_evaluation_datamodule, plain, prepare_process
@@ -31,6 +32,8 @@ def main(cfg: DictConfig) -> None:
     with exit_on(RUN_ERRORS):
         evaluation = evaluate(checkpoint, datamodule, plain(run_cfg.trainer))
 
+    if rank_zero_only.rank != 0:
+        return
     output_dir = Path(cfg.output_dir or run_dir / "evaluation" / checkpoint.stem)
     save_evaluation(evaluation, output_dir, datamodule, {"checkpoint": str(checkpoint)})
     rows = {"Checkpoint": f"{checkpoint}, epoch {evaluation.epoch}"} | metric_rows(evaluation.metrics)
