@@ -5,12 +5,15 @@ import json
 
 import lightning
 import pytest
+import timm
 import torch
 from hydra.utils import get_object
 from omegaconf import OmegaConf
+from safetensors.torch import save_file
 from timm.data import Mixup, create_transform
 from timm.scheduler import create_scheduler_v2
 from training_runs import REPOSITORY, compose_train, train, write_image_folder
+from video_files import write_video
 
 from nat_models.data.video.sampling import Sampling
 from nat_models.data.video.transforms import training_transform
@@ -26,7 +29,10 @@ from nat_models.engine.classification import ClassificationModule
 
 EXPERIMENTS = REPOSITORY / "configs" / "experiment"
 IMAGENET = sorted(path.stem for path in (EXPERIMENTS / "imagenet").glob("*.yaml") if path.stem != "recipe")
-ALL = ["digits", "moving_digits", *(f"imagenet/{name}" for name in IMAGENET)]
+VIDEO_SETS = ("kinetics400", "something_v2", "ucf101", "hmdb51")
+VIDEO = [f"{folder}/{path.stem}" for folder in VIDEO_SETS for path in sorted((EXPERIMENTS / folder).glob("*.yaml"))]
+VIDEO = [name for name in VIDEO if not name.endswith("/recipe")]
+ALL = ["digits", "moving_digits", *(f"imagenet/{name}" for name in IMAGENET), *VIDEO]
 DEBUG = sorted(path.stem for path in (REPOSITORY / "configs" / "debug").glob("*.yaml"))
 TINY = ["model.pretrained=false", "+model.model_kwargs.depths=[1,1,1,1]", "+model.model_kwargs.embed_dim=16"]
 TINY += ["+model.model_kwargs.num_heads=[1,2,4,8]"]
@@ -94,6 +100,62 @@ def test_imagenet_recipe_trains_two_steps(tmp_path, name):
     results = json.loads((run_dir / "results.json").read_text())
     assert results["images"] == 6 and results["metrics"]["val/loss"] > 0
     assert torch.load(run_dir / "checkpoints" / "last.ckpt", weights_only=True)["global_step"] == 2
+
+
+@pytest.fixture(scope="module")
+def videos(tmp_path_factory):
+    """A folder of six small videos of three classes with the lists `train.csv` and `validation.csv`."""
+    root = tmp_path_factory.mktemp("videos")
+    for index in range(6):
+        write_video(root / f"{index}.mp4", 12, size=(72, 64))
+    for name in ("train", "validation"):
+        (root / f"{name}.csv").write_text("".join(f"{index}.mp4,{index % 3}\n" for index in range(6)))
+    return root
+
+
+@pytest.mark.parametrize("name", VIDEO)
+def test_video_recipe_states_its_source_and_builds(tmp_path, videos, name):
+    header = (EXPERIMENTS / f"{name}.yaml").read_text().split("defaults:")[0]
+    for field in ("Paper:", "Command:", "Hardware:", "Time:", "Expected top-1:"):
+        assert f"\n# {field}" in header
+    assert f"experiment={name} " in header
+    cfg = compose_train(tmp_path, f"experiment={name}", *video_data(videos), "model.pretrained=false")
+    data = build_datamodule(cfg)
+    with torch.device("meta"):
+        module = build_module(cfg, data, build_trainer(cfg))
+    assert module.model.num_classes == 3 and cfg.data.img_size == [224, 224]
+    assert learning_rate(cfg, 64) == (3e-4 if name.startswith("something") else 1e-3)
+    directional = name.startswith("something")
+    assert (cfg.data.augmentation.hflip == 0) == directional and (cfg.data.sampling.mode == "uniform") == directional
+
+
+def video_data(root) -> list[str]:
+    lists = ["data.train_list=train.csv", "data.val_list=validation.csv", "data.num_classes=null"]
+    devices = ["trainer.accelerator=cpu", "trainer.devices=1", "data.num_workers=0", "data.batch_size=2"]
+    return [f"data.root={root}", *lists, *devices]
+
+
+def test_fine_tuning_starts_from_the_weights_it_is_given_or_not_at_all(tmp_path, videos):
+    weights = timm.create_model("nat3d_tiny", depths=[1, 1, 1, 1], embed_dim=16, num_heads=[1, 2, 4, 8], num_classes=7)
+    file = tmp_path / "kinetics.safetensors"
+    save_file(weights.state_dict(), file)
+    small = [*TINY[1:], "data.img_size=64", "data.sampling.num_frames=4", "trainer.precision=32-true", "debug=smoke"]
+    overrides = ["experiment=ucf101/nat3d_tiny", *video_data(videos), *small]
+    given = f"model.model_kwargs.pretrained_cfg_overlay.file={file}"
+    cfg = compose_train(tmp_path / "run", *overrides)
+    with pytest.raises(ValueError, match="pretrained_cfg_overlay.file must be set, or model.pretrained=false"):
+        build_module(cfg, build_datamodule(cfg), build_trainer(cfg))
+    cfg = compose_train(tmp_path / "run", *overrides, given)
+    module = build_module(cfg, build_datamodule(cfg), build_trainer(cfg))
+    for name, value in module.model.state_dict().items():
+        assert torch.equal(value, weights.state_dict()[name]) == (not name.startswith("head.")), name
+    train(compose_train(tmp_path / "run", *overrides, given))
+    assert torch.load(tmp_path / "run" / "checkpoints" / "last.ckpt", weights_only=True)["global_step"] == 2
+
+    partial = {name: value for name, value in weights.state_dict().items() if "levels.3" not in name}
+    save_file(partial, file)
+    with pytest.raises(ValueError, match="levels.3"):
+        build_module(cfg, build_datamodule(cfg), build_trainer(cfg))
 
 
 def test_smoke_run_on_fake_data(tmp_path):

@@ -135,6 +135,22 @@ def test_parameter_groups_follow_the_model():
     assert groups[id(first)]["lr"] == pytest.approx(groups[id(last)]["lr"] * 0.5**distance)
 
 
+@pytest.mark.parametrize("layer_decay", [None, 0.5])
+def test_backbone_learns_at_its_share_of_the_rate(layer_decay):
+    optimizer = {"opt": "adamw", "lr": 1.0, "weight_decay": 0.1, "layer_decay": layer_decay}
+    rates = []
+    for factor in (1.0, 0.1):
+        module, trainer = tiny_module(optimizer=optimizer | {"backbone_lr_factor": factor}), tiny_trainer(3)
+        trainer.fit(module, digits())
+        groups = {id(p): group for group in trainer.optimizers[0].param_groups for p in group["params"]}
+        assert len(groups) == sum(len(group["params"]) for group in trainer.optimizers[0].param_groups)
+        named = module.model.named_parameters()
+        rates.append({name: (groups[id(p)]["lr"], groups[id(p)]["weight_decay"]) for name, p in named})
+    for name, (rate, decay) in rates[0].items():
+        share = 1.0 if name.startswith("head.") else 0.1
+        assert rates[1][name] == (pytest.approx(share * rate), decay), name
+
+
 def test_norms_biases_rpb_and_layer_scale_of_a_nat_are_not_decayed():
     size = {"depths": [2, 1], "embed_dim": 16, "num_heads": [1, 2], "kernel_size": 3}
     decayed = {"patch_embed.proj.0.weight", "patch_embed.proj.1.weight", "levels.0.downsample.reduction.weight"}

@@ -68,6 +68,8 @@ def build_module(cfg: DictConfig, datamodule: DataModule, trainer: lightning.Tra
     """The module of `cfg.model` and `cfg.optim`, for the classes of the data and the effective batch of the trainer."""
     if datamodule.batch_size % 2 and cfg.model.mixup is not None:
         raise ValueError(f"data.batch_size must be even with model.mixup, got {datamodule.batch_size}")
+    if cfg.model.pretrained and (missing := OmegaConf.missing_keys(cfg.model)):
+        raise ValueError(f"model.{min(missing)} must be set, or model.pretrained=false to start from scratch")
     optim = plain(cfg.optim)
     before, after = (optim["schedule"].get(key, 0) for key in ("warmup_epochs", "cooldown_epochs"))
     if trainer.max_epochs is None or trainer.max_epochs <= before + after:

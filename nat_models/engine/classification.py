@@ -32,7 +32,8 @@ class ClassificationModule(lightning.LightningModule):
         model_kwargs: further arguments of `timm.create_model` (`drop_path_rate`, `depths`, ...).
         pretrained: start from timm's published weights. Not kept in checkpoints, which bring their own weights.
         optimizer: arguments of `timm.optim.create_optimizer_v2` (`opt`, `lr`, `weight_decay`, `layer_decay`, ...). One-
-            dimensional parameters, biases and the model's `no_weight_decay()` are not decayed.
+            dimensional parameters, biases and the model's `no_weight_decay()` are not decayed. `backbone_lr_factor`
+            scales the learning rate of all but the classifier, on top of `layer_decay`.
         schedule: arguments of `timm.scheduler.create_scheduler_v2` (`sched`, `warmup_epochs`, `cooldown_epochs`,
             `warmup_lr`, `min_lr`, ...); steps once an optimiser step and ends with `trainer.max_epochs`.
         mixup: arguments of `timm.data.Mixup` (`mixup_alpha`, `cutmix_alpha`, `prob`, `switch_prob`, `mode`) or None.
@@ -135,7 +136,11 @@ class ClassificationModule(lightning.LightningModule):
         return probabilities.unflatten(0, views.shape[:2]).mean(dim=1).log().float()
 
     def configure_optimizers(self) -> Any:
-        optimizer = create_optimizer_v2(self.model, **(self.hparams["optimizer"] or {"opt": "adamw"}))
+        settings = dict(self.hparams["optimizer"] or {"opt": "adamw"})
+        factor = settings.pop("backbone_lr_factor", 1.0)
+        optimizer = create_optimizer_v2(self.model, **settings)
+        if factor != 1.0:
+            _scale_backbone(optimizer, self.model.get_classifier(), factor)
         schedule = dict(self.hparams["schedule"] or {"sched": "constant"})
         scheduler, _ = create_scheduler_v2(
             optimizer,
@@ -159,3 +164,19 @@ class ClassificationModule(lightning.LightningModule):
         if batches == float("inf"):
             raise ValueError("the training data does not tell its length, which the schedule needs")
         return -(-int(batches) // self.trainer.accumulate_grad_batches)
+
+
+def _scale_backbone(optimizer: torch.optim.Optimizer, classifier: torch.nn.Module, factor: float) -> None:
+    """Splits the parameter groups so that all parameters but the classifier's learn at `factor` times their rate.
+
+    timm's schedules multiply a group's learning rate by its `lr_scale`.
+    """
+    head = {id(parameter) for parameter in classifier.parameters()}
+    groups = list(optimizer.param_groups)
+    optimizer.param_groups.clear()
+    for group in groups:
+        for in_head in (False, True):
+            parameters = [parameter for parameter in group["params"] if (id(parameter) in head) == in_head]
+            if parameters:
+                scale = group.get("lr_scale", 1.0) * (1.0 if in_head else factor)
+                optimizer.add_param_group(group | {"params": parameters, "lr_scale": scale})
