@@ -251,9 +251,10 @@ class TubeletConv(nn.Conv3d):
     def forward(self, input: Tensor) -> Tensor:
         """`[B, in_chans, T, H, W]` -> `[B, out_chans, T / stride, H / stride, W / stride]`."""
         frames, batch_size = self.stride[0], len(input)
-        x = input[:, :, : input.shape[2] // frames * frames].unflatten(2, (-1, frames)).transpose(1, 2)
-        x = x.flatten(0, 1).flatten(1, 2)  # [B * T / stride, in_chans * stride, H, W]
-        x = F.conv2d(x, self.weight.flatten(1, 2), self.bias, self.stride[1:], self.padding[1:])
+        x = input.transpose(1, 2)[:, : input.shape[2] // frames * frames]
+        x = x.flatten(0, 1).unflatten(0, (-1, frames)).flatten(1, 2)  # [B * T / stride, stride * in_chans, H, W]
+        weight = self.weight.transpose(1, 2).flatten(1, 2)
+        x = F.conv2d(x, weight, self.bias, self.stride[1:], self.padding[1:])
         return x.unflatten(0, (batch_size, -1)).transpose(1, 2)
 
 
