@@ -1,9 +1,8 @@
 """The backward kernels. Each gradient is owned by the program that writes it, so that results are deterministic.
 
-With scores `s`, probabilities `p = exp(s - lse)` and incoming gradients `do` and `dlse`: `delta = rowsum(o * do) -
-dlse`,
-`ds = p * (do @ v.T - delta)`, `dq = ds @ k * scale`, `dk = ds.T @ q * scale`, `dv = p.T @ do`, and the gradient of a
-relative position's bias is the sum of `ds` over all pairs at that position.
+With scores `s`, probabilities `p = exp(s - lse)` and incoming gradients `do` and `dlse`:
+`delta = rowsum(o * do) - dlse`, `ds = p * (do @ v.T - delta)`, `dq = ds @ k * scale`, `dk = ds.T @ q * scale`,
+`dv = p.T @ do`, and the gradient of a relative position's bias is the sum of `ds` over all pairs at that position.
 """
 
 import triton

@@ -1,9 +1,8 @@
 """What the kernels share: where a tile lies, which keys its queries see, and where tokens are in memory.
 
 Every problem is treated as three-dimensional, `(t, h, w)`; missing axes have length 1. `fused_na.window` defines the
-rule;
-`window` and `inverse_window` here are the same functions on Triton tensors, and a test holds them equal. Counts are in
-members of a dilation group, so that inside a kernel nothing is dilated but the strides.
+rule; `window` and `inverse_window` here are the same functions on Triton tensors, and a test holds them equal. Counts
+are in members of a dilation group, so that inside a kernel nothing is dilated but the strides.
 """
 
 import triton
@@ -44,8 +43,7 @@ def locate(pid, lengths, dilations, TILE: tl.constexpr):
     """Splits a program id into a tile of a dilation group and what is left (heads and batch).
 
     Returns `(rest, group, members, begin)`; the last three hold one value per axis, `begin` the tile's first member.
-    In the
-    smaller groups of an axis that its dilation does not divide, a last tile may lie outside: `begin >= members`.
+    In the smaller groups of an axis that its dilation does not divide, a last tile may lie outside: `begin >= members`.
     """
     tiles_t = tl.cdiv(tl.cdiv(lengths[0], dilations[0]), TILE[0])
     tiles_h = tl.cdiv(tl.cdiv(lengths[1], dilations[1]), TILE[1])
@@ -137,8 +135,7 @@ def inside_axis(row_start, row_end, column):
 
 @triton.jit
 def inside_plane(row_start, row_end, begin, inner, ROW_TILE: tl.constexpr, COLUMN_TILE: tl.constexpr):
-    """Whether each column (member `begin + inner`) lies in each row's interval on the h and w axes: `[rows,
-    columns]`."""
+    """As `within`, on the h and w axes alone."""
     inside = inside_axis(row_start[2], row_end[2], begin[2] + inner[2])
     if ROW_TILE[1] * COLUMN_TILE[1] > 1:
         inside &= inside_axis(row_start[1], row_end[1], begin[1] + inner[1])
