@@ -91,8 +91,11 @@ def build_model(model_cls: Callable[..., nn.Module], variant: str, pretrained: b
     Raises:
         FileNotFoundError: the checkpoint file does not exist.
         ValueError: the checkpoint cannot be read or downloaded, or does not fit the model. A download that cannot be
-            read is removed from the cache.
+            read is removed from the cache. Or `feature_cls` is "fx".
     """
+    if kwargs.get("features_only") and kwargs.get("feature_cls") == "fx":
+        # The last node of a stage in a traced graph is its downsampling, so the maps would be the next stage's.
+        raise ValueError("feature_cls must be 'list', 'dict', 'hook' or 'getter', got 'fx'")
     if not pretrained:
         return build_model_with_cfg(model_cls, variant, pretrained, **kwargs)
     cfg = resolve_pretrained_cfg(variant, kwargs.get("pretrained_cfg"), kwargs.get("pretrained_cfg_overlay"))

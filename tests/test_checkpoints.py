@@ -1,7 +1,10 @@
 """Weights in every form a user may bring, and a clear error for the ones that do not fit."""
 
+import os
 import pickle
 import re
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +13,7 @@ import pytest
 import timm
 import torch
 from golden_models import MODELS, golden, load, relative_error, save
+from safetensors.torch import load_file
 from timm.models import save_for_hf
 from torch import Tensor, nn
 
@@ -239,6 +243,25 @@ def test_save_for_hf_and_back(tmp_path: Path) -> None:
     again = timm.create_model(f"local-dir:{folder}", pretrained=True).eval()
     with torch.no_grad():
         torch.testing.assert_close(again(expected["input"]), model(expected["input"]))
+
+
+def test_model_hub(tmp_path: Path) -> None:
+    """`hf-hub:` on what a download leaves in the hub's cache, without a network."""
+    config, state, expected = golden("dinat")
+    revision = tmp_path / "models--someone--dinat" / "snapshots" / "0123"
+    save_for_hf(load("dinat", save(state, tmp_path / "weights.pth")), revision, model_args=config)
+    (revision.parents[1] / "refs").mkdir()
+    (revision.parents[1] / "refs" / "main").write_text("0123")
+    save({"input": expected["input"]}, tmp_path / "input.safetensors")
+    code = (
+        "import nat_models, timm, torch; from safetensors.torch import load_file, save_file\n"
+        "model = timm.create_model('hf-hub:someone/dinat', pretrained=True).eval()\n"
+        "save_file({'logits': model(load_file('input.safetensors')['input']).detach()}, 'logits.safetensors')"
+    )
+    hub = os.environ | {"HF_HUB_OFFLINE": "1", "HF_HUB_CACHE": str(tmp_path)}
+    result = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, env=hub, capture_output=True, text=True)
+    assert result.returncode == 0, result.stderr
+    assert relative_error(load_file(tmp_path / "logits.safetensors")["logits"], expected["logits"]) < 1e-4
 
 
 def test_checkpoint_path(tmp_path: Path) -> None:

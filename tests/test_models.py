@@ -10,7 +10,7 @@ import torch
 from golden_models import MODELS, ZOO, golden, load, relative_error, save
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from timm.layers import get_channel_dim, get_spatial_dim
+from timm.layers import DropPath, get_channel_dim, get_spatial_dim
 from timm.models import FeatureInfo, get_notrace_functions, get_notrace_modules, group_parameters
 from timm.optim import create_optimizer_v2, param_groups_layer_decay
 from torch import Tensor, nn
@@ -167,6 +167,12 @@ def test_full_size_forward_agrees_with_the_cfg(name: str) -> None:
     assert model(batch).shape == (1, model.num_classes)
     for layer in (cfg["classifier"], cfg["first_conv"]):
         assert f"{layer}.weight" in model.state_dict()
+    model.reset_classifier(0)
+    assert model(batch).shape == (1, model.head_hidden_size)
+    model.reset_classifier(0, "")
+    assert (
+        model(batch).shape == full(f"{name}.{tag(name)}", num_classes=0, global_pool="")(batch).shape == features.shape
+    )
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -288,8 +294,16 @@ def test_forward_intermediates(name: str) -> None:
         (2, channels, 64 // reduction, 96 // reduction)
         for channels, reduction in zip(info.channels(), info.reduction(), strict=True)
     ]
-    last = model.forward_intermediates(batch, 1, norm=True, output_fmt="NHWC", intermediates_only=True)
+    last = model.forward_intermediates(batch, [-1], norm=True, output_fmt="NHWC", intermediates_only=True)
     torch.testing.assert_close(last, [final])
+    torch.testing.assert_close(model.forward_intermediates(batch, 2, intermediates_only=True), maps[-2:])
+    model.train().set_grad_checkpointing()
+    for module in model.modules():
+        if isinstance(module, DropPath):
+            module.drop_prob = 0.0
+    torch.testing.assert_close(model.forward_intermediates(batch, intermediates_only=True), maps)
+    with pytest.raises(AssertionError, match="out of range"):
+        model.forward_intermediates(batch, [len(model.stages)])
     with pytest.raises(ValueError, match="output_fmt must be 'NCHW' or 'NHWC', got 'NLC'"):
         model.forward_intermediates(batch, output_fmt="NLC")
 
@@ -315,6 +329,9 @@ def test_prune_intermediate_layers(name: str) -> None:
     assert len(model.stages) == 2 and model.num_classes == 0
     assert model.num_features == model.feature_info[1]["num_chs"]
     assert model(batch).shape == (2, *expected[1].shape[2:], model.num_features)
+    model.reset_classifier(3, "avg")
+    assert model(batch).shape == (2, 3)
+    model.reset_classifier(0, "")
     sum(m.mean() for m in model.train().forward_intermediates(batch, intermediates_only=True)).backward()
     assert all(parameter.grad is not None for parameter in model.parameters())
 
@@ -370,14 +387,14 @@ def test_any_input_size(name: str, size: tuple[int, int]) -> None:
 
 
 @pytest.mark.parametrize("in_chans", [1, 2, 4])
-@pytest.mark.parametrize("name", ["nat_mini", "dinat_s_tiny", "nat_isotropic_small"])
+@pytest.mark.parametrize("name", SMALL)
 def test_input_channels(name: str, in_chans: int) -> None:
     model = small(name, in_chans=in_chans)
     assert model.in_chans == in_chans
     assert model(images(1, in_chans, 32, 32)).shape == (1, 1000)
 
 
-@pytest.mark.parametrize("name", ["nat_small", "dinat_tiny", "dinat_s_tiny", "vitrpb_small"])
+@pytest.mark.parametrize("name", SMALL)
 def test_bfloat16(name: str) -> None:
     model, batch = small(name).eval(), images(2, 3, 64, 64)
     with torch.no_grad():
@@ -396,6 +413,36 @@ def test_fx_tracing(name: str) -> None:
     traced = create_feature_extractor(model, return_nodes=[nodes[-1]], **options)
     with torch.no_grad():
         torch.testing.assert_close(traced(batch)[nodes[-1]], model(batch))
+
+
+@pytest.mark.parametrize("name", SMALL)
+def test_fx_training(name: str) -> None:
+    model = small(name, num_classes=42, drop_path_rate=0.0).train()
+    leaves = dict(leaf_modules=get_notrace_modules(), autowrap_functions=get_notrace_functions())
+    options: dict[str, Any] = dict(tracer_kwargs=leaves, suppress_diff_warning=True)
+    nodes = get_graph_node_names(model, **options)
+    traced = create_feature_extractor(
+        model, train_return_nodes=nodes[0][-1:], eval_return_nodes=nodes[1][-1:], **options
+    )
+    (output,) = traced(images(2, 3, 64, 64)).values()
+    torch.testing.assert_close(output, model(images(2, 3, 64, 64)))
+    output.square().mean().backward()
+    assert traced.state_dict().keys() == model.state_dict().keys()
+    assert all(parameter.grad is not None for parameter in traced.parameters())
+
+
+def test_features_of_a_traced_graph_are_refused() -> None:
+    with pytest.raises(ValueError, match="feature_cls must be 'list', 'dict', 'hook' or 'getter', got 'fx'"):
+        small("nat_mini", features_only=True, feature_cls="fx")
+
+
+@pytest.mark.parametrize("name", SMALL)
+def test_channels_last_images(name: str) -> None:
+    model, batch = small(name).eval(), images(2, 3, 64, 96)
+    with torch.no_grad():
+        expected = model(batch)
+        actual = model.to(memory_format=torch.channels_last)(batch.to(memory_format=torch.channels_last))
+    torch.testing.assert_close(actual, expected)
 
 
 @pytest.mark.parametrize(
