@@ -97,6 +97,7 @@ def load_run(path: str | Path) -> Predictor:
     run, ckpt_path = (str(path), None) if Path(path).is_dir() else (None, str(path))
     run_dir, checkpoint = find_checkpoint(run, ckpt_path)
     module, class_names = load_classifier(checkpoint)
+    _check_takes_images(module.model)
     return Predictor(module.model, class_names, read_data_config(run_dir))
 
 
@@ -126,7 +127,13 @@ def load_model(name: str, checkpoint: str | Path | None = None, **model_kwargs: 
         model = timm.create_model(name, pretrained=True, **weights | model_kwargs)
     except TypeError as error:
         raise ValueError(f"model_kwargs={model_kwargs} do not fit {name}: {error}") from error
+    _check_takes_images(model)
     return Predictor(model, _class_names(model), resolve_model_data_config(model))
+
+
+def _check_takes_images(model: nn.Module) -> None:
+    if hasattr(model, "num_frames"):
+        raise ValueError("the model takes clips, not images")
 
 
 def _class_names(model: nn.Module) -> list[str]:

@@ -190,6 +190,13 @@ def test_attention_needs_neighborhoods(image: Path, tmp_path: Path) -> None:
         draw_attention(predictor, predictor.read(image), [(0, 0)], "", tmp_path / "x.png")
 
 
+def test_models_of_clips_are_refused(tmp_path: Path) -> None:
+    config: dict[str, Any] = dict(embed_dim=8, depths=(1,), num_heads=(1,))
+    torch.save(timm.create_model("nat3d_mini", **config).state_dict(), tmp_path / "weights.pth")
+    with pytest.raises(ValueError, match="the model takes clips, not images"):
+        load_model("nat3d_mini", tmp_path / "weights.pth", **config)
+
+
 def test_weights_without_a_head_are_no_classifier(tmp_path: Path) -> None:
     torch.save(timm.create_model("dinat_mini", num_classes=0, **TINY).state_dict(), tmp_path / "weights.pth")
     with pytest.raises(ValueError, match="the model has no classifier"):
