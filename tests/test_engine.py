@@ -23,7 +23,7 @@ from nat_models.engine.checkpoint import check_resumable, find_checkpoint, read_
 from nat_models.engine.classification import ClassificationModule
 from nat_models.engine.errors import NonFiniteLossError
 from nat_models.engine.evaluation import evaluate
-from nat_models.engine.plots import plot_confusion, plot_curves, plot_mistakes
+from nat_models.engine.plots import plot_batch, plot_confusion, plot_curves, plot_mistakes, plot_per_class
 from nat_models.engine.run_folder import manifest
 
 STEPS_PER_EPOCH = 4
@@ -357,6 +357,13 @@ def test_plots_of_any_number_of_classes(tmp_path, num_classes):
     for count in (0, 1, 7):
         mistakes = [Mistake(torch.randn(3, 20, 30), 0, 1, 0.5)] * count
         plot_mistakes(mistakes, count, names, [0.5] * 3, [0.5] * 3, tmp_path / f"mistakes_{count}.png")
+    counts = torch.stack([confusion.sum(dim=1), confusion.diagonal()], dim=1)
+    counts[0] = 0  # a class without samples
+    plot_per_class(counts, names, tmp_path / "per_class.png")
+    for shape in ((1, 3, 20, 30), (40, 1, 20, 20), (3, 3, 1, 20, 30), (12, 3, 20, 24, 24)):
+        images, labels = torch.randn(shape), [index % num_classes for index in range(shape[0])]
+        path = tmp_path / f"batch_{len(shape)}_{shape[0]}.png"
+        plot_batch(images, labels, names, [0.5] * shape[1], [0.5] * shape[1], path)
     for path in tmp_path.iterdir():
         pixels = np.asarray(Image.open(path).convert("L"))
         assert min(pixels.shape) > 200 and pixels.std() > 1

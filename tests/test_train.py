@@ -36,7 +36,7 @@ def test_training_prints_what_matters(digits_run):
     assert "Effective batch" in output and "Learning rate" in output and "1437 training, 360 validation" in output
     for epoch in range(1, EPOCHS + 1):
         (line,) = [line for line in output.splitlines() if line.startswith(f"epoch {epoch}/{EPOCHS} ")]
-        assert all(word in line for word in ("loss", "top-1", "images/s", "ETA"))
+        assert all(word in line for word in ("loss", "top-1", "images/s", "loading", "ETA"))
     table = output[output.index("Best checkpoint (epoch") :]
     assert "Top-1 accuracy" in table and "Training time" in table and str(run_dir) in table
 
@@ -56,7 +56,7 @@ def test_run_folder_is_complete(digits_run):
     assert {path.name for path in (run_dir / "checkpoints").iterdir()} == {"best.ckpt", "last.ckpt"}
     with open(run_dir / "per_class.csv", newline="") as file:
         assert sum(int(row["images"]) for row in csv.DictReader(file)) == 360
-    for plot in ("curves", "confusion_matrix", "misclassified"):
+    for plot in ("curves", "confusion_matrix", "misclassified", "per_class", "training_batch"):
         with Image.open(run_dir / f"{plot}.png") as image:
             assert image.width > 500
 

@@ -12,7 +12,7 @@ from nat_models.data import DataModule, UndecodableImageError
 from nat_models.engine.callbacks import PredictionRecorder
 from nat_models.engine.checkpoint import read_checkpoint
 from nat_models.engine.classification import ClassificationModule
-from nat_models.engine.plots import plot_confusion, plot_mistakes
+from nat_models.engine.plots import plot_confusion, plot_mistakes, plot_per_class
 from nat_models.engine.progress import TrainingProgress
 
 EVALUATION_TRAINER_KEYS = ("accelerator", "devices", "num_nodes", "strategy", "precision")
@@ -72,7 +72,7 @@ def load_classifier(checkpoint: str | Path) -> tuple[ClassificationModule, list[
 
 
 def save_evaluation(evaluation: Evaluation, folder: Path, datamodule: DataModule, record: dict[str, Any]) -> None:
-    """Writes `results.json`, `per_class.csv`, `confusion_matrix.png`, `misclassified.png`; of videos `predictions.csv`.
+    """Writes `results.json`, `per_class.csv`, `predictions.csv` (of videos), and pictures.
 
     Args:
         evaluation: of `evaluate`.
@@ -99,6 +99,7 @@ def save_evaluation(evaluation: Evaluation, folder: Path, datamodule: DataModule
                 writer.writerow([path, label, predicted, f"{probability:.6f}"])
     if evaluation.predictions.confusion is not None:
         plot_confusion(evaluation.predictions.confusion, evaluation.class_names, folder / "confusion_matrix.png")
+    plot_per_class(counts, evaluation.class_names, folder / "per_class.png")
     plot_mistakes(
         evaluation.predictions.mistakes,
         int((counts[:, 0] - counts[:, 1]).sum()),

@@ -20,6 +20,7 @@ from nat_models.engine.callbacks import Mistake
 TRAIN_COLOR, VAL_COLOR = "tab:blue", "tab:orange"
 QUERY_COLOR = "red"
 DPI = 150
+MAX_BARS = 40
 
 
 def read_epochs(metrics_csv: Path) -> dict[str, list[tuple[int, float]]]:
@@ -82,6 +83,69 @@ def plot_confusion(confusion: Tensor, class_names: Sequence[str], path: Path) ->
         for row, column in confusion.nonzero().tolist():
             color = "white" if shares[row, column] > 0.3 else "black"
             axes.text(column, row, str(int(confusion[row, column])), ha="center", va="center", color=color, fontsize=8)
+    figure.savefig(path, dpi=DPI)
+
+
+def plot_per_class(label_counts: Tensor, class_names: Sequence[str], path: Path) -> None:
+    """Accuracy of each class as bars, worst first; of more than 40 classes the 40 worst.
+
+    Args:
+        label_counts: `[num_classes, 2]`: samples of each class and how many of them were classified correctly.
+        class_names: in label order.
+        path: PNG file to write.
+    """
+    present = [label for label, (total, _) in enumerate(label_counts.tolist()) if total]
+    accuracy = {label: 100 * label_counts[label, 1].item() / label_counts[label, 0].item() for label in present}
+    shown = sorted(present, key=lambda label: accuracy[label])[:MAX_BARS]
+    mean = sum(accuracy.values()) / max(len(present), 1)
+    figure = Figure(figsize=(8, 1.5 + 0.25 * len(shown)), layout="constrained")
+    axes = figure.subplots()
+    bars = axes.barh(range(len(shown)), [accuracy[label] for label in shown], color=VAL_COLOR)
+    axes.bar_label(
+        bars, [f"{label_counts[label, 1]}/{label_counts[label, 0]}" for label in shown], padding=3, fontsize=8
+    )
+    axes.axvline(mean, color="black", linewidth=1, linestyle="--")
+    axes.set_yticks(range(len(shown)), [textwrap.shorten(class_names[label], 30) for label in shown])
+    axes.invert_yaxis()
+    axes.set_xlim(0, 110)
+    axes.set_xlabel("accuracy (%)")
+    which = f"the {len(shown)} worst of {len(present)} classes" if len(shown) < len(present) else "all classes"
+    axes.set_title(f"Accuracy of {which}; mean of all {mean:.2f} %")
+    figure.savefig(path, dpi=DPI)
+
+
+def plot_batch(
+    images: Tensor,
+    labels: Sequence[int],
+    class_names: Sequence[str],
+    mean: Sequence[float],
+    std: Sequence[float],
+    path: Path,
+) -> None:
+    """Contact sheet of a batch as the model gets it: a row for each clip, from left to right in time; images in a grid.
+
+    Args:
+        images: `[B, C, H, W]` or `[B, C, T, H, W]`, normalised; of many the first 32, or the first 8 clips.
+        labels: of each.
+        class_names: in label order.
+        mean, std: of the normalisation, to undo it.
+        path: PNG file to write; its folder is created if missing.
+    """
+    is_clips = images.ndim == 5
+    images = images[: 8 if is_clips else 32].float().cpu()
+    if is_clips:
+        frames = torch.linspace(0, images.shape[2] - 1, min(images.shape[2], 8)).round().long()
+        images = images[:, :, frames].permute(0, 1, 3, 2, 4).flatten(3, 4)  # side by side
+    columns = 1 if is_clips else min(8, len(images))
+    rows = -(-len(images) // columns)
+    size = (9.0, 1.5 * rows) if is_clips else (1.4 * columns + 0.5, 1.7 * rows)
+    figure = Figure(figsize=size, layout="constrained")
+    for axes in figure.subplots(rows, columns, squeeze=False).flat:
+        axes.axis("off")
+    for axes, image, label in zip(figure.axes, images, labels, strict=False):
+        axes.imshow(_pixels(image, mean, std).numpy(), cmap="gray", vmin=0, vmax=1)
+        axes.set_title(textwrap.shorten(class_names[label], 60 if is_clips else 16), fontsize=8)
+    path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, dpi=DPI)
 
 

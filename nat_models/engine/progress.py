@@ -17,7 +17,7 @@ class TrainingProgress(RichProgressBar):
     def __init__(self) -> None:
         self.is_terminal = get_console().is_terminal
         super().__init__(refresh_rate=10 if self.is_terminal else 0)
-        self._fit_start = self._epoch_start = 0.0
+        self._fit_start = self._epoch_start = self._step_end = self._loading = 0.0
         self._first_step = self._epoch_images = 0
 
     def on_train_start(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule) -> None:
@@ -27,12 +27,20 @@ class TrainingProgress(RichProgressBar):
 
     def on_train_epoch_start(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule) -> None:
         self._epoch_start, self._epoch_images = time.monotonic(), 0
+        self._step_end, self._loading = self._epoch_start, 0.0
         super().on_train_epoch_start(trainer, pl_module)
+
+    def on_train_batch_start(
+        self, trainer: lightning.Trainer, pl_module: lightning.LightningModule, batch: Any, batch_idx: int
+    ) -> None:
+        self._loading += time.monotonic() - self._step_end
+        super().on_train_batch_start(trainer, pl_module, batch, batch_idx)
 
     def on_train_batch_end(
         self, trainer: lightning.Trainer, pl_module: lightning.LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
         self._epoch_images += len(batch[0]) * trainer.world_size
+        self._step_end = time.monotonic()
         super().on_train_batch_end(trainer, pl_module, outputs, batch, batch_idx)
 
     def on_train_epoch_end(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule) -> None:
@@ -58,7 +66,9 @@ class TrainingProgress(RichProgressBar):
         names = {"loss": "train/loss", "top-1": "train/top1", "val": "val/top1"}
         metrics: dict[str, Any] = {short: logged[name].item() for short, name in names.items() if name in logged}
         images_per_second = self._epoch_images / (time.monotonic() - self._epoch_start)
-        return metrics | {"images/s": f"{images_per_second:.0f}", "ETA": self._time_left(trainer)}
+        # The share of the steps' time that went into waiting for the loader.
+        loading = f"{100 * self._loading / max(self._step_end - self._epoch_start, 1e-9):.0f} %"
+        return metrics | {"images/s": f"{images_per_second:.0f}", "loading": loading, "ETA": self._time_left(trainer)}
 
     def _get_train_description(self, current_epoch: int) -> str:
         return f"Epoch {current_epoch + 1}/{self.trainer.max_epochs}"
