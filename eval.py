@@ -7,7 +7,7 @@ import json
 from pathlib import Path
 
 import hydra
-from lightning.pytorch.utilities import rank_zero_only
+import torch
 from omegaconf import DictConfig, OmegaConf
 
 from nat_models.engine.build import build_evaluation_datamodule, plain, prepare_process
@@ -32,11 +32,12 @@ def main(cfg: DictConfig) -> None:
     with exit_on(RUN_ERRORS):
         evaluation = evaluate(checkpoint, datamodule, plain(run_cfg.trainer))
 
-    if rank_zero_only.rank != 0:
+    if torch.distributed.is_initialized() and torch.distributed.get_rank() != 0:
         return
     output_dir = Path(cfg.output_dir or run_dir / "evaluation" / checkpoint.stem)
     save_evaluation(evaluation, output_dir, datamodule, {"checkpoint": str(checkpoint)})
-    rows = {"Checkpoint": f"{checkpoint}, epoch {evaluation.epoch}"} | metric_rows(evaluation.metrics)
+    rows = {"Checkpoint": f"{checkpoint}, epoch {evaluation.epoch}"}
+    rows |= metric_rows(evaluation.metrics, evaluation.excluded)
     recorded = json.loads((run_dir / "results.json").read_text()) if (run_dir / "results.json").exists() else {}
     if (run_dir / recorded.get("checkpoint", "")).resolve() == checkpoint.resolve():
         top1 = recorded["metrics"]["val/top1"]

@@ -55,7 +55,7 @@ def main(cfg: DictConfig) -> float:
             record["top1_without_motion"] = static.metrics["val/top1"]
         save_evaluation(evaluation, run_dir, datamodule, record)
         plot_curves(run_dir / "csv" / "metrics.csv", run_dir / "curves.png")
-        rows = metric_rows(evaluation.metrics)
+        rows = metric_rows(evaluation.metrics, evaluation.excluded)
         if static is not None:
             rows["Top-1, one frame repeated"] = f"{100 * static.metrics['val/top1']:.2f} %"
         rows |= {"Training time": str(timedelta(seconds=round(seconds)))}

@@ -140,7 +140,8 @@ class ClassificationModule(lightning.LightningModule):
         factor = settings.pop("backbone_lr_factor", 1.0)
         optimizer = create_optimizer_v2(self.model, **settings)
         if factor != 1.0:
-            _scale_backbone(optimizer, self.model.get_classifier(), factor)
+            model: Any = self.model
+            _scale_backbone(optimizer, model.get_classifier(), factor)
         schedule = dict(self.hparams["schedule"] or {"sched": "constant"})
         scheduler, _ = create_scheduler_v2(
             optimizer,

@@ -27,12 +27,14 @@ class Evaluation:
         metrics: `val/loss`, `val/top1`, `val/top5` (above 5 classes), `val/mean_class_accuracy`; accuracies in 0..1.
         class_names: in label order.
         predictions: counts, confusion matrix and mistakes.
+        excluded: videos that the user left out.
     """
 
     epoch: int
     metrics: dict[str, float]
     class_names: list[str]
     predictions: PredictionRecorder
+    excluded: int = 0
 
 
 def evaluate(checkpoint: str | Path, datamodule: DataModule, trainer_config: dict[str, Any]) -> Evaluation:
@@ -62,7 +64,7 @@ def evaluate(checkpoint: str | Path, datamodule: DataModule, trainer_config: dic
         raise UndecodableImageError(f"only {evaluated} of the {expected} validation images could be evaluated")
     if indices := [index for index, *_ in predictions.predictions]:
         assert indices == list(range(expected)), "each video is evaluated once"
-    return Evaluation(epoch, dict(metrics), class_names, predictions)
+    return Evaluation(epoch, dict(metrics), class_names, predictions, len(getattr(datamodule, "excluded", [])))
 
 
 def load_classifier(checkpoint: str | Path) -> tuple[ClassificationModule, list[str]]:
@@ -82,6 +84,7 @@ def save_evaluation(evaluation: Evaluation, folder: Path, datamodule: DataModule
     """
     folder.mkdir(parents=True, exist_ok=True)
     counts = evaluation.predictions.label_counts
+    record = record | ({"excluded": evaluation.excluded} if evaluation.excluded else {})
     summary = record | {"epoch": evaluation.epoch, "images": int(counts[:, 0].sum()), "metrics": evaluation.metrics}
     (folder / "results.json").write_text(json.dumps(summary, indent=2) + "\n")
     with open(folder / "per_class.csv", "w", newline="", encoding="utf-8") as file:

@@ -47,9 +47,10 @@ def print_setup(
     print_table("Training", rows)
 
 
-def metric_rows(metrics: dict[str, float]) -> dict[str, str]:
-    """Titles and texts of the metrics of `evaluate`."""
-    rows = {title: f"{100 * metrics[name]:.2f} %" for name, title in METRIC_TITLES.items() if name in metrics}
+def metric_rows(metrics: dict[str, float], excluded: int = 0) -> dict[str, str]:
+    """Titles and texts of the metrics of `evaluate`, and of the number of videos that were left out."""
+    rows = {"Excluded videos": f"{excluded}, without which the score is"} if excluded else {}
+    rows |= {title: f"{100 * metrics[name]:.2f} %" for name, title in METRIC_TITLES.items() if name in metrics}
     return rows | {"Loss": f"{metrics['val/loss']:.4f}"}
 
 
