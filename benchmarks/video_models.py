@@ -200,41 +200,60 @@ def train_step(model: nn.Module, optimizer: torch.optim.Optimizer, clip: Tensor,
     optimizer.zero_grad()
 
 
-@torch.no_grad()
 def stream_rows(name: str, options: argparse.Namespace, device: torch.device) -> list[dict[str, Any]]:
     """Latency of one stream per frame: of its step, and of the whole model on the window of its head."""
-    torch.manual_seed(0)
-    torch.compiler.reset()
-    model: Any = build(name, options.window, options.image_size).to(device).eval()
-    size = options.image_size
-    clip = torch.randn(1, 3, options.window, size, size, device=device)
-    step, forward = compiled(model.step, device), compiled(lambda x: model(x), device)
+    rows = []
+    for mode in ("default", "reduce-overhead") if device.type == "cuda" else ("eager",):
+        torch.manual_seed(0)
+        torch.compiler.reset()
+        row = dict(model=name, image_size=options.image_size, window=options.window, compiled=mode)
+        results: dict[str, dict[str, str]] = {"": {}}
+        status = "ok"
+        try:
+            model = build(name, options.window, options.image_size).to(device).eval()
+            results = latencies(model, mode, options, device)
+        except Exception as failure:  # as for clips
+            status = f"failed: {type(failure).__name__}: {(str(failure).splitlines() or [''])[0][:200]}"
+        empty = dict.fromkeys(("ms_per_frame", "window_over_this", "peak_gib", "state_mib", "max_error"), "")
+        rows += [row | dict(way=way) | empty | result | dict(status=status) for way, result in results.items()]
+        print(rows, file=sys.stderr, flush=True)
+    return rows
+
+
+@torch.no_grad()
+def latencies(model: Any, mode: str, options: argparse.Namespace, device: torch.device) -> dict[str, dict[str, str]]:
+    """By way: what `stream_rows` records. `mode` is torch.compile's, or "eager"."""
+    size, window = options.image_size, options.window
+    clip = torch.randn(1, 3, window, size, size, device=device)
+    step, forward = model.step, model.__call__
+    if mode != "eager":
+        step, forward = (torch.compile(function, dynamic=False, mode=mode) for function in (step, forward))
     with autocast(device):
         state = model.init_state(1, size, size)
-        for t in range(options.window):
+        held = []  # states with an even and an odd number of frames
+        for t in range(window // 2 * 2):
+            held = [*held[-1:], state]
             logits, state = step(clip[:, :, t : t + 1], state)
-        expected = model(clip)
+            logits, state = logits.clone(), state.clone()
+        expected = model(clip[:, :, : window // 2 * 2])
         error = ((logits[:, -1] - expected).float().norm() / expected.float().norm()).item()
         if not error < TOLERANCE:
-            raise RuntimeError(f"{name}: the step's logits differ by {error:.1e} from the whole model's")
-
-        held = [state, state]  # with an even and an odd number of frames
-        held[1] = step(clip[:, :, :1], state)[1]
-        times = {f"step, {kind} map": measure(lambda s=s: step(clip[:, :, :1], s), device, options.repeats)
-                 for kind, s in zip(("new", "no"), held, strict=True)}  # fmt: skip
+            raise RuntimeError(f"the step's logits differ by {error:.1e} from the whole model's")
+        new, none = (measure(lambda s=s: step(clip[:, :, :1], s), device, options.repeats) for s in held)
+        times = {"step, new map": new, "step, no map": none}
+        times["step, mean"] = mean((new[0], none[0])), max(new[1], none[1])  # every second frame adds a map
         times["window"] = measure(lambda: forward(clip), device, options.repeats)
     state_mib = sum(x.nbytes for x in (state.stem, *state.past, state.pooled)) / 2**20
-    steps = times["step, new map"], times["step, no map"]  # every second frame adds a map
-    times["step, mean"] = mean(elapsed for elapsed, _ in steps), max(peak for _, peak in steps)
-    rows = []
-    for way, (elapsed, peak) in times.items():
-        rows.append(
-            dict(model=name, way=way, image_size=size, window=options.window, ms_per_frame=f"{1e3 * elapsed:.3f}",
-                 window_over_this=f"{times['window'][0] / elapsed:.2f}", peak_gib=peak and f"{peak:.3f}",
-                 state_mib=f"{state_mib:.1f}", max_error=f"{error:.1e}")
-        )  # fmt: skip
-        print(rows[-1], file=sys.stderr, flush=True)
-    return rows
+    return {
+        way: dict(
+            ms_per_frame=f"{1e3 * elapsed:.3f}",
+            window_over_this=f"{times['window'][0] / elapsed:.2f}",
+            peak_gib=peak and f"{peak:.3f}",
+            state_mib=f"{state_mib:.1f}",
+            max_error=f"{error:.1e}",
+        )
+        for way, (elapsed, peak) in times.items()
+    }
 
 
 def show(rows: list[dict[str, Any]]) -> None:
@@ -288,7 +307,7 @@ def main() -> None:
             show([{key: value for key, value in row.items() if key not in where} for row in table])
             write_csv(path, table)
             print(f"{title} written to {path}")
-    sys.exit(any(row["status"] != "ok" for row in rows))
+    sys.exit(any(row["status"] != "ok" for row in rows + streams))
 
 
 if __name__ == "__main__":

@@ -250,7 +250,7 @@ class TubeletConv(nn.Conv3d):
 
     def forward(self, input: Tensor) -> Tensor:
         """`[B, in_chans, T, H, W]` -> `[B, out_chans, T / stride, H / stride, W / stride]`."""
-        frames, batch_size = self.stride[0], len(input)
+        frames, batch_size = self.stride[0], input.shape[0]  # len() would fix the batch size when exported
         x = input.transpose(1, 2)[:, : input.shape[2] // frames * frames]
         x = x.flatten(0, 1).unflatten(0, (-1, frames)).flatten(1, 2)  # [B * T / stride, stride * in_chans, H, W]
         weight = self.weight.transpose(1, 2).flatten(1, 2)

@@ -43,6 +43,11 @@ class StreamState(NamedTuple):
     past: tuple[Tensor, ...]
     pooled: Tensor
 
+    def clone(self) -> "StreamState":
+        """A copy in memory of its own; CUDA graphs (`mode="reduce-overhead"` of torch.compile) use theirs again."""
+        past = tuple(x.clone() for x in self.past)
+        return StreamState(self.frames.clone(), self.phase, self.stem.clone(), past, self.pooled.clone())
+
     def reset(self, streams: Tensor | Sequence[int]) -> "StreamState":
         """The state with some streams at their start; the others go on.
 
@@ -287,7 +292,7 @@ class NATStream(NAT3D):
 
     def _running_mean(self, pooled: Tensor) -> Tensor:
         """Features `[B, N, C]` of a stream from its start -> their means after each map, of the same shape."""
-        seen = torch.zeros(len(pooled), dtype=torch.int64, device=pooled.device)
+        seen = torch.zeros(pooled.shape[0], dtype=torch.int64, device=pooled.device)
         return self._window_means(F.pad(pooled, (0, 0, self._window, 0)), seen)[:, 1:]
 
     def _window_means(self, pooled: Tensor, seen: Tensor) -> Tensor:

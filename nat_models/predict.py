@@ -79,7 +79,13 @@ class Predictor:
 
     @torch.inference_mode()
     def predict(self, image: Tensor) -> list[tuple[str, float]]:
-        """The most likely classes of an image `[1, in_chans, H, W]`, with their probabilities."""
+        """The most likely classes of an image `[1, in_chans, H, W]`, with their probabilities.
+
+        Raises:
+            ValueError: the model takes clips.
+        """
+        if hasattr(self.model, "num_frames"):
+            raise ValueError("the model takes clips, not images")
         device = next(self.model.parameters()).device
         probabilities, labels = (
             self.model(image.to(device)).float().softmax(-1)[0].topk(min(TOP, len(self.class_names)))
@@ -97,7 +103,6 @@ def load_run(path: str | Path) -> Predictor:
     run, ckpt_path = (str(path), None) if Path(path).is_dir() else (None, str(path))
     run_dir, checkpoint = find_checkpoint(run, ckpt_path)
     module, class_names = load_classifier(checkpoint)
-    _check_takes_images(module.model)
     return Predictor(module.model, class_names, read_data_config(run_dir))
 
 
@@ -127,13 +132,7 @@ def load_model(name: str, checkpoint: str | Path | None = None, **model_kwargs: 
         model = timm.create_model(name, pretrained=True, **weights | model_kwargs)
     except TypeError as error:
         raise ValueError(f"model_kwargs={model_kwargs} do not fit {name}: {error}") from error
-    _check_takes_images(model)
     return Predictor(model, _class_names(model), resolve_model_data_config(model))
-
-
-def _check_takes_images(model: nn.Module) -> None:
-    if hasattr(model, "num_frames"):
-        raise ValueError("the model takes clips, not images")
 
 
 def _class_names(model: nn.Module) -> list[str]:

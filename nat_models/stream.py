@@ -75,14 +75,14 @@ def read_frames(source: str, rate: float) -> Iterator[tuple[float, Image.Image]]
         raise VideoError(f"cannot decode {source}: it holds no frames")
 
 
-@torch.inference_mode()
+@torch.no_grad()
 def classify(predictor: Predictor, frames: Iterator[tuple[float, Image.Image]], compiled: bool) -> Iterator[Answer]:
     """The running answers of a streaming model.
 
     Args:
         predictor: of a `NATStream`.
         frames: from `read_frames`.
-        compiled: let torch.compile speed up the steps; the first ones then take long.
+        compiled: compile the steps, on a GPU into CUDA graphs; the first ones then take long.
 
     Raises:
         ValueError: the model is no streaming model.
@@ -92,12 +92,13 @@ def classify(predictor: Predictor, frames: Iterator[tuple[float, Image.Image]], 
         raise ValueError(f"the model must be a streaming one (nat_stream_*), got a {type(model).__name__}")
     device = next(model.parameters()).device
     in_chans, height, width = predictor.data_config["input_size"]
-    step = torch.compile(model.step, dynamic=False) if compiled else model.step
+    step = torch.compile(model.step, dynamic=False, mode="reduce-overhead") if compiled else model.step
     state = model.init_state(1, height, width)
     for time, image in frames:
         begin = perf_counter()
         frame = predictor.transform(image.convert("L" if in_chans == 1 else "RGB")).to(device)
         logits, state = step(frame[None, :, None], state)
+        state = state.clone() if compiled else state
         probability, label = logits[0, -1].float().softmax(-1).max(-1)
         answer = Answer(time, 0.0, predictor.class_names[int(label)], float(probability))
         answer.latency = perf_counter() - begin

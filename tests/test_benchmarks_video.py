@@ -3,6 +3,7 @@
 import csv
 import subprocess
 import sys
+from argparse import Namespace
 from pathlib import Path
 from unittest.mock import patch
 
@@ -14,7 +15,7 @@ from torch import Tensor, nn
 BENCHMARKS = Path(__file__).parent.parent / "benchmarks"
 sys.path.insert(0, str(BENCHMARKS))
 
-from video_models import ATTENTION, Flex, build  # noqa: E402
+from video_models import ATTENTION, Flex, build, stream_rows  # noqa: E402
 
 
 @pytest.fixture
@@ -53,11 +54,11 @@ def test_mvit_takes_clips_of_any_length() -> None:
 
 
 def test_script(tmp_path: Path) -> None:
-    clips, streams = tmp_path / "clips.csv", tmp_path / "streams.csv"
+    clips = tmp_path / "clips.csv"
     command = [
         sys.executable, str(BENCHMARKS / "video_models.py"), "nat3d_mini", "swin3d_t", "--device", "cpu",
-        "--frames", "2", "--batch-size", "1", "--image-size", "32", "--window", "2", "--repeats", "1",
-        "--commit", "abc", "--output", str(clips), "--stream-output", str(streams),
+        "--frames", "2", "--batch-size", "1", "--image-size", "32", "--repeats", "1", "--streams",
+        "--commit", "abc", "--output", str(clips),
     ]  # fmt: skip
     result = subprocess.run(command, capture_output=True, text=True)
     assert result.returncode == 0, result.stderr
@@ -68,9 +69,19 @@ def test_script(tmp_path: Path) -> None:
     for row in rows:
         assert row["status"] == "ok" and float(row["clips_per_s"]) == pytest.approx(1e3 / float(row["ms"]), rel=0.05)
         assert row["commit"] == "abc" and row["torch"] and row["command"].startswith("python ")
-    rows = list(csv.DictReader(streams.open()))
-    assert [row["way"] for row in rows] == ["step, new map", "step, no map", "window", "step, mean"]
-    assert all(float(row["ms_per_frame"]) > 0 and float(row["max_error"]) < 1e-3 for row in rows)
+
+
+def test_streams() -> None:
+    config = dict(embed_dim=8, depths=(1, 1), num_heads=(1, 1), kernel_size=3, num_classes=4)
+    options = Namespace(image_size=32, window=4, repeats=1)
+    with patch("video_models.build", lambda *arguments: timm.create_model("nat_stream_tiny", **config)):
+        rows = stream_rows("nat_stream_tiny", options, torch.device("cpu"))
+    assert [row["way"] for row in rows] == ["step, new map", "step, no map", "step, mean", "window"]
+    for row in rows:
+        assert row["status"] == "ok" and row["window"] == 4
+        assert float(row["ms_per_frame"]) > 0 and float(row["max_error"]) < 1e-3
+    new, none, average, _ = (float(row["ms_per_frame"]) for row in rows)
+    assert none < new and average == pytest.approx((new + none) / 2, abs=1e-3)
 
 
 def test_unknown_models_are_named() -> None:

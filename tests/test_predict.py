@@ -193,8 +193,9 @@ def test_attention_needs_neighborhoods(image: Path, tmp_path: Path) -> None:
 def test_models_of_clips_are_refused(tmp_path: Path) -> None:
     config: dict[str, Any] = dict(embed_dim=8, depths=(1,), num_heads=(1,))
     torch.save(timm.create_model("nat3d_mini", **config).state_dict(), tmp_path / "weights.pth")
+    predictor = load_model("nat3d_mini", tmp_path / "weights.pth", **config)
     with pytest.raises(ValueError, match="the model takes clips, not images"):
-        load_model("nat3d_mini", tmp_path / "weights.pth", **config)
+        predictor.predict(torch.zeros(1, 3, 32, 32))
 
 
 def test_weights_without_a_head_are_no_classifier(tmp_path: Path) -> None:

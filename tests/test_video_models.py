@@ -10,10 +10,11 @@ import torch
 from golden_models import golden, relative_error, save
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from timm.models import FeatureInfo
+from timm.models import FeatureInfo, get_notrace_functions, get_notrace_modules
 from timm.optim import param_groups_layer_decay
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torchvision.models.feature_extraction import create_feature_extractor, get_graph_node_names
 
 from fused_na import na3d
 from nat_models.backbone import Backbone
@@ -54,8 +55,7 @@ def clips(*shape: int) -> Tensor:
 # --- sizes -----------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("position", ["rpb", "rope"])
-@pytest.mark.parametrize("name", TARGETS)
+@pytest.mark.parametrize(("name", "position"), [*((name, "rpb") for name in TARGETS), ("nat3d_tiny", "rope")])
 def test_size(name: str, position: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("nat_models.layers.neighborhood_attention", lambda query, *arguments: query)
     num_frames, parameters, gflops = TARGETS[name]
@@ -234,6 +234,21 @@ def test_layer_decay_and_weight_decay(name: str) -> None:
 def test_input_channels() -> None:
     for name in ("nat3d_tiny", "nat_iso3d_small"):
         assert small(name, in_chans=2)(clips(1, 2, 2, 32, 32)).shape == (1, 10)
+
+
+@pytest.mark.parametrize("name", [*SMALL, "nat_stream_tiny"])
+def test_fx_tracing_and_export(name: str) -> None:
+    depths: dict[str, Any] = dict(depth=1) if "iso" in name else dict(depths=(1, 1), num_heads=(1, 1), dilations=[2, 1])
+    model, batch = small(name, **depths).eval(), clips(2, 3, 5, 32, 32)
+    leaves = dict(leaf_modules=get_notrace_modules(), autowrap_functions=get_notrace_functions())
+    options: dict[str, Any] = dict(tracer_kwargs=leaves, suppress_diff_warning=True)
+    node = get_graph_node_names(model, **options)[1][-1]
+    exported = torch.export.export(model, (batch,), dynamic_shapes=[{0: torch.export.Dim("batch", max=8)}]).module()
+    with torch.no_grad():
+        expected = model(batch)
+        torch.testing.assert_close(create_feature_extractor(model, [node], **options)(batch)[node], expected)
+        torch.testing.assert_close(exported(batch), expected)
+        torch.testing.assert_close(exported(batch[:1]), expected[:1])
 
 
 @pytest.mark.parametrize("position", ["rpb", "rope"])
