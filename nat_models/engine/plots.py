@@ -13,6 +13,7 @@ from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
 from matplotlib.ticker import MaxNLocator
 from torch import Tensor
+from torch.nn import functional as F
 
 from nat_models.attention import LayerAttention
 from nat_models.engine.callbacks import Mistake
@@ -21,6 +22,7 @@ TRAIN_COLOR, VAL_COLOR = "tab:blue", "tab:orange"
 QUERY_COLOR = "red"
 DPI = 150
 MAX_BARS = 40
+WHITE = 1000.0  # in normalised pixels: whiter than any
 
 
 def read_epochs(metrics_csv: Path) -> dict[str, list[tuple[int, float]]]:
@@ -135,7 +137,7 @@ def plot_batch(
     images = images[: 8 if is_clips else 32].float().cpu()
     if is_clips:
         frames = torch.linspace(0, images.shape[2] - 1, min(images.shape[2], 8)).round().long()
-        images = images[:, :, frames].permute(0, 1, 3, 2, 4).flatten(3, 4)  # side by side
+        images = F.pad(images[:, :, frames], (0, 1), value=WHITE).permute(0, 1, 3, 2, 4).flatten(3, 4)  # side by side
     columns = 1 if is_clips else min(8, len(images))
     rows = -(-len(images) // columns)
     size = (9.0, 1.5 * rows) if is_clips else (1.4 * columns + 0.5, 1.7 * rows)
@@ -253,10 +255,10 @@ def _relative_attention(layer: LayerAttention, height: int, width: int, query: t
 
 
 def _frames_in_one(image: Tensor) -> Tensor:
-    """Four frames of a clip `[C, T, H, W]`, from first to last, as one image `[C, 2H, 2W]`; images stay as they are."""
+    """Four frames of a clip `[C, T, H, W]`, first to last, with lines between; images stay as they are."""
     if image.ndim == 3:
         return image
-    frames = image[:, torch.linspace(0, image.shape[1] - 1, 4).round().long()]
+    frames = F.pad(image[:, torch.linspace(0, image.shape[1] - 1, 4).round().long()], (0, 1, 0, 1), value=WHITE)
     return frames.unflatten(1, (2, 2)).permute(0, 1, 3, 2, 4).flatten(3, 4).flatten(1, 2)
 
 

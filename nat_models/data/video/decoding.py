@@ -134,6 +134,7 @@ class PyAVVideo:
 
         self._path = path
         self._errors = (av.error.FFmpegError, EOFError)
+        self._to_rgb = av.video.reformatter.VideoReformatter()  # one for all frames, since setting it up takes long
         try:
             self._open()
             self._index_packets()
@@ -260,8 +261,8 @@ class PyAVVideo:
 
     def _rgb(self, frame: Any) -> np.ndarray:
         # All frames in the size of the first, should the resolution change within the file.
-        size = {"width": self._stream.codec_context.width, "height": self._stream.codec_context.height}
-        pixels = frame.reformat(**size, format="rgb24").to_ndarray()
+        context = self._stream.codec_context
+        pixels = self._to_rgb.reformat(frame, context.width, context.height, "rgb24", threads=1).to_ndarray()
         return np.rot90(pixels, frame.rotation // 90) if frame.rotation else pixels
 
 
