@@ -52,10 +52,12 @@ def write_file(path: Path, keyframe_every: int) -> None:
 
 
 def decode_all(path: Path, start: int) -> Tensor:
-    """What a plain loop does: every frame to RGB, then those of the clip."""
+    """What a plain loop does: every frame to RGB, then those of the clip; with one thread, as the others."""
+    to_rgb = av.video.reformatter.VideoReformatter()
     with av.open(str(path)) as container:
         container.streams.video[0].codec_context.thread_count = 1
-        frames = [frame.to_ndarray(format="rgb24") for frame in container.decode(video=0)]
+        decoded = container.decode(video=0)
+        frames = [to_rgb.reformat(frame, format="rgb24", threads=1).to_ndarray() for frame in decoded]
     return torch.from_numpy(np.stack(frames[start : start + SPAN : SAMPLING.stride])).permute(0, 3, 1, 2)
 
 
