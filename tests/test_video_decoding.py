@@ -69,6 +69,15 @@ def test_every_frame_of_every_format(tmp_path, decoder, codec, extension):
         assert numbers_in(frames) == indices
 
 
+@pytest.mark.parametrize(("codec", "extension"), [("libx264", "mp4"), ("libx264", "ts"), ("libx265", "mkv")])
+def test_any_subset_of_the_frames(tmp_path, codec, extension):
+    path = write_video(tmp_path / f"video.{extension}", 120, codec, keyframe_every=50)
+    chance = np.random.default_rng(0)
+    for count in (1, 1, 2, 5, 5, 32, 32):  # frames between them that no other needs are skipped
+        indices = np.sort(chance.choice(120, count, replace=False)).tolist()
+        assert numbers_in(open_video(path).frames_at(middles(indices, 30))) == indices
+
+
 @decoders
 @pytest.mark.parametrize("rate", RATES)
 @pytest.mark.parametrize("extension", ["mp4", "mkv"])
@@ -148,8 +157,8 @@ def test_only_what_is_needed_is_decoded(tmp_path, monkeypatch):
     video = open_video(write_video(tmp_path / "video.mp4", 120, options={"sc_threshold": "0", "bf": "0"}))
     frames_from = video._frames_from
 
-    def counted(keyframe):
-        for pts, frame in frames_from(keyframe):
+    def counted(*arguments):
+        for pts, frame in frames_from(*arguments):
             decoded.append(frame)
             yield pts, frame
 

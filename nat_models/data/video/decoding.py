@@ -10,7 +10,7 @@ import json
 import tarfile
 from bisect import bisect_right
 from collections import defaultdict
-from collections.abc import Iterator, Sequence
+from collections.abc import Container, Iterator, Sequence
 from functools import cache, lru_cache
 from importlib.metadata import version
 from itertools import pairwise
@@ -187,6 +187,8 @@ class PyAVVideo:
             )
         context = self._stream.codec_context
         unordered = self._container.format.name == "avi" and context.has_b_frames and context.name != "mpeg4"
+        # Frames that no other frame refers to need no decoding; these two codecs tell them, packet by packet.
+        self._skips = context.name in ("h264", "hevc") and self._container.format.name != "avi"
         if None in pts or unordered or context.name in HIDDEN_FRAME_CODECS:
             self._index_frames()
         else:
@@ -194,6 +196,7 @@ class PyAVVideo:
 
     def _index_frames(self) -> None:
         """The timestamps and keyframes, by decoding: for files whose packets do not tell them."""
+        self._skips = False
         self._open()
         frames = [(frame.pts, frame.key_frame, frame.duration) for frame in self._container.decode(self._stream)]
         pts = [time for time, _, _ in frames]
@@ -229,14 +232,15 @@ class PyAVVideo:
         pixels: dict[int, np.ndarray] = {}
         frames: Iterator[tuple[int, Any]] = iter(())
         position: int | None = None
+        wanted = {self._pts[index] for index in indices}
         for index in sorted(set(indices)):
             pts = self._pts[index]
             keyframe = self._keyframe_before(pts)
             if position is None or keyframe > position:
-                frames = self._frames_from(keyframe)
+                frames = self._frames_from(keyframe, wanted)
             frame = _advance(frames, pts)
             if frame is None:  # not every container finds the keyframe it is asked for
-                frames = self._frames_from(self._pts[0])
+                frames = self._frames_from(self._pts[0], wanted)
                 frame = _advance(frames, pts)
             if frame is None:
                 raise _MissingFrame
@@ -246,14 +250,21 @@ class PyAVVideo:
             pixels[index], position = self._rgb(frame), pts
         return [pixels[index] for index in indices]
 
-    def _frames_from(self, keyframe: int) -> Iterator[tuple[int, Any]]:
-        """Frames with their times, from a keyframe on."""
+    def _frames_from(self, keyframe: int, wanted: Container[int]) -> Iterator[tuple[int, Any]]:
+        """Frames with their times, from a keyframe on: the wanted ones at least."""
         if keyframe == self._pts[0]:
             self._open()
         else:
             self._container.seek(keyframe, stream=self._stream)
-        frames = self._container.decode(self._stream)
-        return ((frame.pts, frame) for frame in frames) if self._keyframes else enumerate(frames)
+        if not self._keyframes:
+            return enumerate(self._container.decode(self._stream))
+        return ((frame.pts, frame) for frame in self._decode_wanted(wanted))
+
+    def _decode_wanted(self, wanted: Container[int]) -> Iterator[Any]:
+        for packet in self._container.demux(self._stream):
+            if self._skips:
+                self._stream.codec_context.skip_frame = "DEFAULT" if packet.pts in wanted else "NONREF"
+            yield from packet.decode()
 
     def _keyframe_before(self, pts: int) -> int:
         index = bisect_right(self._keyframes, pts) - 1
