@@ -230,6 +230,34 @@ def print_prediction(path: Path, prediction: Sequence[tuple[str, float]]) -> Non
     console.print()
 
 
+def add_model_options(parser: argparse.ArgumentParser) -> None:
+    """The options beside MODEL_OR_RUN that `load` wants."""
+    parser.add_argument("--checkpoint", metavar="FILE", help="weights of MODEL (default: download the published ones)")
+    parser.add_argument(
+        "--model-kwargs", nargs="+", default={}, action=ParseKwargs, metavar="KEY=VALUE",
+        help="arguments of MODEL that differ, for example kernel_size=11",
+    )  # fmt: skip
+    parser.add_argument(
+        "--device", default="cuda" if torch.cuda.is_available() else "cpu", help="(default: %(default)s)"
+    )
+
+
+def load(options: argparse.Namespace) -> Predictor:
+    """The predictor of `options.model`, a run if there is such a path and else a registered model, on its device.
+
+    Raises:
+        FileNotFoundError, ValueError: as `load_run` and `load_model`, or options that do not go with a run.
+    """
+    if not Path(options.model).exists():
+        predictor = load_model(options.model, options.checkpoint, **options.model_kwargs)
+    elif options.checkpoint or options.model_kwargs:
+        raise ValueError(f"--checkpoint and --model-kwargs are for registered models, {options.model!r} is a run")
+    else:
+        predictor = load_run(options.model)
+    predictor.model.to(options.device)
+    return predictor
+
+
 def parse_query(text: str) -> tuple[int, int]:
     """`row,col` -> `(row, col)`."""
     try:
@@ -243,11 +271,6 @@ def parse_arguments(arguments: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="python -m nat_models.predict", description="Classifies images.")
     parser.add_argument("model", metavar="MODEL_OR_RUN", help="registered name, or run folder of train.py")
     parser.add_argument("images", nargs="+", metavar="IMAGE", help="image file, or folder that holds some")
-    parser.add_argument("--checkpoint", metavar="FILE", help="weights of MODEL (default: download the published ones)")
-    parser.add_argument(
-        "--model-kwargs", nargs="+", default={}, action=ParseKwargs, metavar="KEY=VALUE",
-        help="arguments of MODEL that differ, for example kernel_size=11",
-    )  # fmt: skip
     parser.add_argument(
         "--attention", nargs="?", const=".", metavar="PATH",
         help="also draw where queries attend, into PATH: a .png file, or a folder (default: the current one)",
@@ -256,9 +279,7 @@ def parse_arguments(arguments: list[str] | None) -> argparse.Namespace:
         "--queries", nargs="+", type=parse_query, metavar="ROW,COLUMN",
         help="pixels of the image as the model gets it (default: the centre, the upper right, and the lower left edge)",
     )  # fmt: skip
-    parser.add_argument(
-        "--device", default="cuda" if torch.cuda.is_available() else "cpu", help="(default: %(default)s)"
-    )
+    add_model_options(parser)
     options = parser.parse_args(arguments)
     if options.queries and options.attention is None:
         parser.error("--queries needs --attention")
@@ -271,15 +292,7 @@ def main(arguments: list[str] | None = None) -> None:
     try:
         images = find_images(options.images)
         pictures = [] if options.attention is None else attention_files(options.attention, images)
-        if Path(options.model).exists():
-            if options.checkpoint or options.model_kwargs:
-                raise ValueError(
-                    f"--checkpoint and --model-kwargs are for registered models, {options.model!r} is a run"
-                )
-            predictor = load_run(options.model)
-        else:
-            predictor = load_model(options.model, options.checkpoint, **options.model_kwargs)
-        predictor.model.to(options.device)
+        predictor = load(options)
         for i, path in enumerate(images):
             image = predictor.read(path)
             prediction = predictor.predict(image)

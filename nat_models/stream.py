@@ -8,18 +8,16 @@ import argparse
 import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
-from pathlib import Path
 from statistics import median
 from time import perf_counter
 from typing import Any
 
 import torch
 from PIL import Image
-from timm.utils import ParseKwargs
 
 from nat_models.data.video.decoding import VideoError, check_decoder
 from nat_models.nat_stream import NATStream
-from nat_models.predict import Predictor, load_model, load_run
+from nat_models.predict import Predictor, add_model_options, load
 
 
 @dataclass
@@ -109,18 +107,11 @@ def parse_arguments(arguments: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="python -m nat_models.stream", description="Classifies a video as it runs.")
     parser.add_argument("model", metavar="MODEL_OR_RUN", help="nat_stream_* name, or run folder of train.py")
     parser.add_argument("video", metavar="VIDEO", help="file, address or device that FFmpeg opens")
-    parser.add_argument("--checkpoint", metavar="FILE", help="weights of MODEL (default: its image model's)")
-    parser.add_argument(
-        "--model-kwargs", nargs="+", default={}, action=ParseKwargs, metavar="KEY=VALUE",
-        help="arguments of MODEL that differ, for example kernel_size=5",
-    )  # fmt: skip
     parser.add_argument(
         "--rate", type=float, default=15.0, metavar="FPS", help="frames a second for the model (default: %(default)s)"
     )
     parser.add_argument("--compile", action="store_true", help="with torch.compile")
-    parser.add_argument(
-        "--device", default="cuda" if torch.cuda.is_available() else "cpu", help="(default: %(default)s)"
-    )
+    add_model_options(parser)
     options = parser.parse_args(arguments)
     if options.rate <= 0:
         parser.error(f"--rate must be positive, got {options.rate}")
@@ -132,15 +123,7 @@ def main(arguments: list[str] | None = None) -> None:
     options = parse_arguments(arguments)
     latencies = []
     try:
-        if Path(options.model).exists():
-            if options.checkpoint or options.model_kwargs:
-                raise ValueError(
-                    f"--checkpoint and --model-kwargs are for registered models, {options.model!r} is a run"
-                )
-            predictor = load_run(options.model)
-        else:
-            predictor = load_model(options.model, options.checkpoint, **options.model_kwargs)
-        predictor.model.to(options.device)
+        predictor = load(options)
         for answer in classify(predictor, read_frames(options.video, options.rate), options.compile):
             latencies.append(answer.latency)
             print(
