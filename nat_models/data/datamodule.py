@@ -8,7 +8,7 @@ import torch
 from lightning.pytorch.overrides.distributed import UnrepeatedDistributedSampler
 from torch.utils.data import DataLoader
 
-from nat_models.data.datasets import DecodedImages, class_names, create_source, is_streamed
+from nat_models.data.datasets import DecodedImages, class_names, create_source, is_streamed, read_undecodable
 from nat_models.data.transforms import create_transform
 
 
@@ -117,9 +117,7 @@ class ImageDataModule(lightning.LightningDataModule):
 
     def undecodable_paths(self) -> list[str]:
         """Training images that could not be decoded so far, on all ranks and workers."""
-        if self.undecodable_list is None or not self.undecodable_list.exists():
-            return []
-        return sorted(set(self.undecodable_list.read_text(encoding="utf-8").splitlines()))
+        return read_undecodable(self.undecodable_list)
 
     def describe(self) -> dict[str, str]:
         """Rows of the table that opens a run."""

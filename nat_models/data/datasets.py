@@ -215,3 +215,8 @@ def _scan_class_folders(root: str | None, split: str, classes: list[str] | None)
     if len(class_folders) < len(names):
         log.warning("%s has only %d of the %d classes", folder, len(class_folders), len(names))
     return folder, {name: label for label, name in enumerate(names)}
+
+
+def read_undecodable(path: Path | None) -> list[str]:
+    """The files that an `undecodable_list` names, each once; none where there is no such list."""
+    return sorted(set(path.read_text(encoding="utf-8").splitlines())) if path is not None and path.exists() else []

@@ -11,6 +11,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, default_collate
 
 from nat_models.data.datamodule import check_img_size, check_positive_int
+from nat_models.data.datasets import read_undecodable
 from nat_models.data.video.annotations import Annotations, LabelledVideo, read_annotations
 from nat_models.data.video.dataset import EvaluationViews, TrainingClips, VideoOpener
 from nat_models.data.video.decoding import check_decoder, decoder_version
@@ -183,9 +184,7 @@ class VideoDataModule(lightning.LightningDataModule):
 
     def undecodable_paths(self) -> list[str]:
         """Training videos that could not be decoded so far, on all ranks and workers."""
-        if self.undecodable_list is None or not self.undecodable_list.exists():
-            return []
-        return sorted(set(self.undecodable_list.read_text(encoding="utf-8").splitlines()))
+        return read_undecodable(self.undecodable_list)
 
     def describe(self) -> dict[str, str]:
         """Rows of the table that opens a run."""
