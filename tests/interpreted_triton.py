@@ -29,6 +29,13 @@ assert os.environ.get("TRITON_INTERPRET") == "1", "set TRITON_INTERPRET=1 before
 
 pytestmark = pytest.mark.filterwarnings("ignore:Conversion of an array:DeprecationWarning")  # in the interpreter itself
 
+
+@pytest.fixture(autouse=True)
+def new_plans() -> None:
+    """Lets a test choose tiles for a problem that another one ran already."""
+    launch.plan.cache_clear()
+
+
 AXES = {  # of a map, per rank: length, kernel_size, stride, dilation, is_causal
     "1d": [Axis(37, 5)],
     "1d even": [Axis(36, 4)],

@@ -26,8 +26,10 @@ def is_enabled() -> bool:
     return os.environ.get("FUSED_NA_AUTOTUNE") == "1"
 
 
-def measured_tiles(kernel: str, workload: Workload, run: Callable[[Tiles], None]) -> Tiles:
+def measured_tiles(kernel: str, workload: Workload, run: Callable[[Tiles], object]) -> Tiles | None:
     """The fastest choice for a kernel, from the cache on disk or by timing `run` with each.
+
+    None where neither is possible: nothing can be measured while a CUDA graph is captured.
 
     Args:
         kernel, workload: as for `choose_tiles`.
@@ -38,7 +40,7 @@ def measured_tiles(kernel: str, workload: Workload, run: Callable[[Tiles], None]
     key = repr((kernel, tuple(map(tuple, workload.axes)), *workload[1:5]))
     if key not in found:
         if torch.cuda.is_available() and torch.cuda.is_current_stream_capturing():
-            return choose_tiles(kernel, workload)  # nothing can be measured while a graph is captured
+            return None
         found[key] = _measure(kernel, workload, run)
         _write(path, found)
     query, keys, *rest = found[key]
@@ -63,7 +65,7 @@ def _cache_file() -> Path:
     return folder / f"{name}-triton{triton.__version__}.json"
 
 
-def _measure(kernel: str, workload: Workload, run: Callable[[Tiles], None]) -> Tiles:
+def _measure(kernel: str, workload: Workload, run: Callable[[Tiles], object]) -> Tiles:
     ranked = ranked_tiles(kernel, workload)
     choices = [tiles for cost, tiles in ranked if cost <= SLACK * ranked[0][0]][:MEASURED]
     shipped = choose_tiles(kernel, workload)

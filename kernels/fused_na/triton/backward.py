@@ -137,11 +137,12 @@ def query_kernel(
             v_base = value_base + offset(key_token, value_strides[1:4], WIDE)
             k = load_rows(key_base + offset(key_token, key_strides[1:4], WIDE), key_rows, is_key, HEAD_DIM, BLOCK_D)
             v = load_rows(v_base, value_rows, is_key, HEAD_DIM_V, BLOCK_DV)
-        scores = product(q, k.T, PRECISION=PRECISION) * (scale * LOG2_E)
+        initial = tl.zeros([QUERIES, KEYS], tl.float32)
         if rpb is not None:
             attends = within(start, end, key_begin, key_inner, QUERY_TILE, KEY_TILE)
             position = (bias_position(key_begin, KERNEL) + key_position)[None, :] - query_position[:, None]
-            scores += load_bias(rpb_base + position, attends, key_begin[0] < stop[0]) * LOG2_E
+            initial = load_bias(rpb_base + position, attends, key_begin[0] < stop[0])
+        scores = product(q, k.T, initial, PRECISION=PRECISION) * (scale * LOG2_E)
         probabilities = tl.exp2(scores - row_lse[:, None])
         if rpb is None:
             if not INTERIOR:
@@ -265,13 +266,13 @@ def key_value_kernel(
         row_lse = tl.load(lse + row_base + lse_rows, mask=is_query, other=0.0) * LOG2_E
         row_delta = tl.load(delta + row_base + lse_rows, mask=is_query, other=0.0)
 
-        scores = product(k, q.T, PRECISION=PRECISION) * (scale * LOG2_E)
+        initial = tl.zeros([KEYS, QUERIES], tl.float32)
         if rpb is not None:
             attends = within(start, end, query_begin, query_inner, KEY_TILE, QUERY_TILE)
             rpb_base = rpb + head * ((2 * KERNEL[0] - 1) * (2 * KERNEL[1] - 1) * (2 * KERNEL[2] - 1))
             position = key_position[:, None] - (bias_position(query_begin, KERNEL) + query_position)[None, :]
-            bias = load_bias(rpb_base + bias_center(KERNEL) + position, attends, query_begin[0] < stop[0])
-            scores += bias * LOG2_E
+            initial = load_bias(rpb_base + bias_center(KERNEL) + position, attends, query_begin[0] < stop[0])
+        scores = product(k, q.T, initial, PRECISION=PRECISION) * (scale * LOG2_E)
         probabilities = tl.exp2(scores - row_lse[None, :])
         if rpb is None:
             if not INTERIOR:
@@ -331,6 +332,7 @@ def bias_kernel(
     CAUSAL: tl.constexpr,
     QUERY_TILE: tl.constexpr,
     KEY_TILE: tl.constexpr,
+    LEAD: tl.constexpr,
     OFFSETS: tl.constexpr,
     HEAD_DIM: tl.constexpr,
     HEAD_DIM_V: tl.constexpr,
@@ -343,7 +345,8 @@ def bias_kernel(
     """Sums `ds` over a share of all query tiles, at one offset between query tile and key tile.
 
     At a fixed offset a pair's relative position depends on its place in the tile alone, so that tiles add up in
-    registers. Samples are the inner loop: they share a tile's mask and bias.
+    registers. Samples are the inner loop: they share a tile's mask and bias. Key tiles start `LEAD` before their query
+    tile's first member, and on from there.
     `partial` is `[splits, heads, offsets, queries, keys]`; `items` counts tiles over groups and parts of the batch.
     """
     QUERIES: tl.constexpr = QUERY_TILE[0] * QUERY_TILE[1] * QUERY_TILE[2]
@@ -369,9 +372,9 @@ def bias_kernel(
         last = clamped(begin, (QUERY_TILE[0] - 1, QUERY_TILE[1] - 1, QUERY_TILE[2] - 1), members)
         _, stop = windows(last, members, KERNEL, STRIDE, CAUSAL)
         key_begin = (
-            begin[0] + place[0] * KEY_TILE[0] - KERNEL[0] + 1,
-            begin[1] + place[1] * KEY_TILE[1] - KERNEL[1] + 1,
-            begin[2] + place[2] * KEY_TILE[2] - KERNEL[2] + 1,
+            begin[0] + place[0] * KEY_TILE[0] - LEAD[0],
+            begin[1] + place[1] * KEY_TILE[1] - LEAD[1],
+            begin[2] + place[2] * KEY_TILE[2] - LEAD[2],
         )
         overlaps = (key_begin[0] < stop[0]) & (key_begin[1] < stop[1]) & (key_begin[2] < stop[2])
         overlaps &= (key_begin[0] + KEY_TILE[0] > first[0]) & (key_begin[1] + KEY_TILE[1] > first[1])
@@ -395,7 +398,7 @@ def bias_kernel(
 
             attends = within(start, end, key_begin, key_inner, QUERY_TILE, KEY_TILE) & is_query[:, None]
             position = bias_position(key_member, KERNEL)[None, :] - bias_position(member, KERNEL)[:, None]
-            bias = tl.load(rpb_base + position, mask=attends, other=float("-inf")).to(tl.float32) * LOG2_E
+            initial = tl.load(rpb_base + position, mask=attends, other=float("-inf")).to(tl.float32)
             for sample in tl.range(0, tl.minimum(part, batches - first_batch), num_stages=STAGES):
                 batch = (first_batch + sample).to(tl.int64)
                 query_base = query + batch * query_strides[0] + head * query_strides[4]
@@ -409,7 +412,7 @@ def bias_kernel(
                 row_base = batch * tokens * heads + head
                 row_lse = tl.load(lse + row_base + lse_rows, mask=is_query, other=0.0) * LOG2_E
                 row_delta = tl.load(delta + row_base + lse_rows, mask=is_query, other=0.0)
-                scores = product(q, k.T, PRECISION=PRECISION) * (scale * LOG2_E) + bias
+                scores = product(q, k.T, initial, PRECISION=PRECISION) * (scale * LOG2_E)
                 probabilities = tl.exp2(scores - row_lse[:, None])
                 total += probabilities * (product(grad_o, v.T, PRECISION=PRECISION) - row_delta[:, None])
     pair = tl.arange(0, QUERIES)[:, None] * KEYS + tl.arange(0, KEYS)[None, :]
@@ -425,6 +428,7 @@ def bias_fold_kernel(
     KERNEL: tl.constexpr,
     QUERY_TILE: tl.constexpr,
     KEY_TILE: tl.constexpr,
+    LEAD: tl.constexpr,
     OFFSETS: tl.constexpr,
 ):
     """Adds up one relative position of one head: each query of a tile meets it in exactly one tile offset and key."""
@@ -436,7 +440,9 @@ def bias_fold_kernel(
     head = pid // POSITIONS
     position = unravel(pid % POSITIONS, (2 * KERNEL[0] - 1, 2 * KERNEL[1] - 1, 2 * KERNEL[2] - 1))
     inner = unravel(tl.arange(0, QUERIES), QUERY_TILE)
-    t, h, w = inner[0] + position[0], inner[1] + position[1], inner[2] + position[2]
+    t = inner[0] + position[0] + (LEAD[0] - KERNEL[0] + 1)
+    h = inner[1] + position[1] + (LEAD[1] - KERNEL[1] + 1)
+    w = inner[2] + position[2] + (LEAD[2] - KERNEL[2] + 1)
     place = ((t // KEY_TILE[0]) * OFFSETS[1] + h // KEY_TILE[1]) * OFFSETS[2] + w // KEY_TILE[2]
     pair_key = (t % KEY_TILE[0] * KEY_TILE[1] + h % KEY_TILE[1]) * KEY_TILE[2] + w % KEY_TILE[2]
     pair = (place * QUERIES + tl.arange(0, QUERIES)) * KEYS + pair_key

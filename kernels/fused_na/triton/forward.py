@@ -128,17 +128,19 @@ def forward_kernel(
             k = load_tile(key, batch, key_begin, head_kv, KEYS, HEAD_DIM)
         else:
             k = load_rows(key_base + offset(key_token, key_strides[1:4], WIDE), key_rows, is_key, HEAD_DIM, BLOCK_D)
-        scores = product(q, k.T, PRECISION=PRECISION)
+        initial = tl.zeros([QUERIES, KEYS], tl.float32)
         if rpb is not None:
             attends = within(start, end, key_begin, key_inner, QUERY_TILE, KEY_TILE)
             position = (bias_position(key_begin, KERNEL) + key_position)[None, :] - query_position[:, None]
-            scores += load_bias(rpb_base + position, attends, key_begin[0] < stop[0])
-        elif not INTERIOR:
-            attends = within(start, end, key_begin, key_inner, QUERY_TILE, KEY_TILE)
-            scores = tl.where(attends, scores, float("-inf"))
-        elif not covers(key_begin, KEY_TILE, first_end, last_start):
-            attends = within(start, end, key_begin, key_inner, QUERY_TILE, KEY_TILE)
-            scores = tl.where(attends, scores, float("-inf"))
+            initial = load_bias(rpb_base + position, attends, key_begin[0] < stop[0])
+        scores = product(q, k.T, initial, PRECISION=PRECISION)
+        if rpb is None:
+            if not INTERIOR:
+                attends = within(start, end, key_begin, key_inner, QUERY_TILE, KEY_TILE)
+                scores = tl.where(attends, scores, float("-inf"))
+            elif not covers(key_begin, KEY_TILE, first_end, last_start):
+                attends = within(start, end, key_begin, key_inner, QUERY_TILE, KEY_TILE)
+                scores = tl.where(attends, scores, float("-inf"))
         if TMA:
             v = load_tile(value, batch, key_begin, head_kv, KEYS, HEAD_DIM_V)
         else:

@@ -1,12 +1,19 @@
-"""Launches the kernels on checked arguments."""
+"""Launches the kernels on checked arguments.
+
+All that a launch needs, the tensors' addresses aside, follows from a `Problem`. A `Plan` works it out once, so that
+eager calls cost little time on the host.
+"""
 
 from collections.abc import Callable
-from functools import cache
+from copy import copy
+from functools import cache, lru_cache
 from math import ceil, prod
+from typing import Any, NamedTuple
 
 import torch
 import triton
 from torch import Tensor
+from triton.compiler import CompiledKernel
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from fused_na.triton import autotune
@@ -26,104 +33,228 @@ from fused_na.window import Axis
 
 PARTIAL_BYTES = 64 << 20  # memory that the partial sums of the bias gradient may take
 
-
-def _spatial_strides(x: Tensor) -> tuple[int, ...]:
-    """Strides of batch, t, h, w and heads, with the axes placed as by `as_three_axes`."""
-    batch, *spatial, heads, _ = x.stride()
-    t, h, w = {1: [0, 0, *spatial], 2: [spatial[0], 0, spatial[-1]], 3: spatial}[len(spatial)]
-    return batch, t, h, w, heads
+Tensors = dict[str, Tensor | None]  # by the names of the kernels' arguments
 
 
-def _rows_contiguous(x: Tensor) -> Tensor:
-    return x if x.stride(-1) == 1 else x.contiguous()
+class Layout(NamedTuple):
+    """A tensor without its address, of which only the alignment matters to a launch."""
+
+    shape: tuple[int, ...]
+    strides: tuple[int, ...]
+    dtype: torch.dtype
+    is_aligned: bool  # to 16 bytes
+
+    @property
+    def spatial_strides(self) -> tuple[int, ...]:
+        """Strides of batch, t, h, w and heads, with the axes placed as by `as_three_axes`."""
+        batch, *spatial, heads, _ = self.strides
+        t, h, w = {1: [0, 0, *spatial], 2: [spatial[0], 0, spatial[-1]], 3: spatial}[len(spatial)]
+        return batch, t, h, w, heads
 
 
-def _has_bulk_copies(device: torch.device) -> bool:
-    return device.type == "cuda" and torch.cuda.get_device_capability(device)[0] >= 9
+def _layout(x: Tensor | None) -> Layout | None:
+    return None if x is None else Layout(x.shape, x.stride(), x.dtype, x.data_ptr() % 16 == 0)
 
 
-@cache
-def _shared_memory(device: torch.device) -> int:
-    if device.type != "cuda":
-        return HOPPER_SHARED_MEMORY
-    return triton.runtime.driver.active.utils.get_device_properties(device.index)["max_shared_mem"]
+class Problem(NamedTuple):
+    """What the launches of a forward or backward pass depend on."""
+
+    device: torch.device
+    axes: tuple[Axis, ...]
+    scale: float
+    allow_tf32: bool
+    is_autotuned: bool
+    query: Layout
+    key: Layout
+    value: Layout
+    rpb: Layout | None
+    additional_keys: Layout | None
+    additional_values: Layout | None
+    grad_output: Layout | None = None
+    grad_lse: Layout | None = None
 
 
-class _Launch:
-    """Arguments that every kernel of one problem shares."""
+def _problem(device: torch.device, axes: tuple[Axis, ...], scale: float, *tensors: Tensor | None) -> Problem:
+    allow_tf32 = torch.backends.cuda.matmul.allow_tf32
+    return Problem(device, axes, scale, allow_tf32, autotune.is_enabled(), *map(_layout, tensors))  # type: ignore[arg-type]
 
-    def __init__(self, axes: tuple[Axis, ...], query: Tensor, key: Tensor, value: Tensor, *others: Tensor) -> None:
-        t, h, w = as_three_axes(axes)
-        self.axes = axes
+
+class Launch:
+    """A kernel with its grid and all its arguments but the tensors; called with these, it runs.
+
+    Args:
+        kernel: the kernel.
+        programs: how many programs of it run.
+        arguments: by name, all but the tensors, and Triton's options.
+        bulk: shape, strides and block of the tensors that it takes as descriptors for the bulk copy engine.
+    """
+
+    def __init__(self, kernel: Any, programs: int, arguments: dict, bulk: dict[str, tuple] | None = None) -> None:
+        self.kernel, self.grid = kernel, (programs, 1, 1)
+        known = {*kernel.arg_names, "num_warps", "num_stages"}
+        self.arguments = {name: x for name, x in arguments.items() if name in known}
+        self.tensors = [name for name in kernel.arg_names if name not in arguments]
+        self.bulk = bulk or {}
+        self.compiled: CompiledKernel | None = None
+
+    def __call__(self, tensors: Tensors) -> None:
+        if self.compiled is None:
+            self._compile(tensors)
+            return
+        arguments = self.template.copy()
+        for place, name in self.places:
+            arguments[place] = tensors[name]
+        for place, name, descriptor in self.descriptors:
+            arguments[place] = descriptor = copy(descriptor)  # making one anew would check it anew
+            descriptor.base = tensors[name]
+        self.compiled[self.grid](*arguments)
+
+    def _compile(self, tensors: Tensors) -> None:
+        """Runs by way of Triton's compiler and its caches, and keeps what it gives."""
+        arguments = self.arguments | {name: tensors[name] for name in self.tensors}
+        descriptors = {name: TensorDescriptor(tensors[name], *layout) for name, layout in self.bulk.items()}
+        compiled = self.kernel[self.grid](**(arguments | descriptors))
+        if not isinstance(compiled, CompiledKernel):  # Triton's interpreter has none
+            return
+        names = self.kernel.arg_names
+        self.template = [self.arguments.get(name) for name in names]
+        self.places = [(names.index(name), name) for name in self.tensors if name not in self.bulk]
+        self.descriptors = [(names.index(name), name, descriptor) for name, descriptor in descriptors.items()]
+        for descriptor in descriptors.values():
+            descriptor.base = None  # keeps no tensor alive
+        self.compiled = compiled
+
+
+class Prepared(NamedTuple):
+    """How a kernel runs with certain tiles: its launches, in order, and the shapes of float32 workspaces by name."""
+
+    launches: list[Launch]
+    workspaces: dict[str, tuple[int, ...]] = {}
+
+    def run(self, tensors: Tensors, device: torch.device) -> Tensors:
+        """Launches; returns the workspaces."""
+        workspaces: Tensors = {name: torch.empty(shape, device=device) for name, shape in self.workspaces.items()}
+        for launch in self.launches:
+            launch(tensors | workspaces)
+        return workspaces
+
+
+class Plan:
+    """One kernel of a problem ("forward", "query", "key_value" or "bias"), with its tiles once it has run."""
+
+    def __init__(self, kernel: str, problem: Problem) -> None:
+        self.kernel, self.problem = kernel, problem
+        self.prepared: Prepared | None = None
+
+    def run(self, tensors: Tensors) -> Tensors:
+        """Launches the kernel on the tensors that it reads and writes; returns its workspaces."""
+        device = self.problem.device
+        if self.prepared is not None:
+            return self.prepared.run(tensors, device)
+        geometry = Geometry(self.problem)
+        prepared = cache(lambda tiles: PREPARE[self.kernel](geometry, tiles))
+        tiles = None
+        if self.problem.is_autotuned:
+            tiles = autotune.measured_tiles(
+                self.kernel, geometry.workload, lambda tiles: prepared(tiles).run(tensors, device)
+            )
+        choice = prepared(tiles or choose_tiles(self.kernel, geometry.workload))
+        if tiles or not self.problem.is_autotuned:  # else nothing could be measured yet
+            self.prepared = choice
+        return choice.run(tensors, device)
+
+
+@lru_cache(maxsize=4096)
+def plan(kernel: str, problem: Problem) -> Plan:
+    """The plan that all calls on a problem share."""
+    return Plan(kernel, problem)
+
+
+class Geometry:
+    """What the kernels of a problem have in common.
+
+    Attributes:
+        workload: what tiles are chosen for.
+        arguments: of all kernels, by name.
+    """
+
+    def __init__(self, problem: Problem) -> None:
+        query, key, value = problem.query, problem.key, problem.value
+        t, h, w = as_three_axes(problem.axes)
+        self.problem = problem
         self.batch, self.heads, self.heads_kv = query.shape[0], query.shape[-2], key.shape[-2]
-        self.head_dim, self.head_dim_v, self.itemsize = query.shape[-1], value.shape[-1], query.element_size()
-        self.shared_memory = _shared_memory(query.device)
+        self.head_dim, self.head_dim_v, itemsize = query.shape[-1], value.shape[-1], query.dtype.itemsize
+        has_rpb, shared_memory = problem.rpb is not None, _shared_memory(problem.device)
+        self.workload = Workload(problem.axes, self.head_dim, self.head_dim_v, itemsize, has_rpb, shared_memory)
         self.groups = t.dilation * h.dilation * w.dilation
-        self.lengths = {"length_t": t.length, "length_h": h.length, "length_w": w.length}
-        self.dilations = (t.dilation, h.dilation, w.dilation)
-        self.rule = {
-            "KERNEL": (t.kernel_size, h.kernel_size, w.kernel_size),
-            "STRIDE": (t.stride, h.stride, w.stride),
-            "CAUSAL": (t.is_causal, h.is_causal, w.is_causal),
-        }
+        read = {"query": query, "key": key, "value": value, "grad_output": problem.grad_output}
+        layouts = {name: layout for name, layout in read.items() if layout is not None}
         # A tensor's last element decides whether 32-bit offsets reach within a sample; outputs are contiguous in the
         # tokens.
         reach = [
-            sum((n - 1) * s for n, s in zip(x.shape[1:], x.stride()[1:], strict=True))
-            for x in (query, key, value, *others)
+            sum((n - 1) * stride for n, stride in zip(layout.shape[1:], layout.strides[1:], strict=True))
+            for layout in layouts.values()
         ]
-        contiguous = prod(axis.length for axis in axes) * self.heads * max(self.head_dim, self.head_dim_v)
-        precision = "tf32" if query.dtype == torch.float32 and torch.backends.cuda.matmul.allow_tf32 else "ieee"
-        self.common = {
+        contiguous = prod(axis.length for axis in problem.axes) * self.heads * max(self.head_dim, self.head_dim_v)
+        self.arguments: dict[str, Any] = {
+            "scale": problem.scale,
+            "length_t": t.length,
+            "length_h": h.length,
+            "length_w": w.length,
+            "dilations": (t.dilation, h.dilation, w.dilation),
+            "batches": self.batch,
+            "heads": self.heads,
             "HEADS_PER_KV": self.heads // self.heads_kv,
+            "KERNEL": (t.kernel_size, h.kernel_size, w.kernel_size),
+            "STRIDE": (t.stride, h.stride, w.stride),
+            "CAUSAL": (t.is_causal, h.is_causal, w.is_causal),
             "HEAD_DIM": self.head_dim,
             "HEAD_DIM_V": self.head_dim_v,
             "BLOCK_D": block_width(self.head_dim),
             "BLOCK_DV": block_width(self.head_dim_v),
             "WIDE": max(*reach, contiguous) >= 2**31,
-            "PRECISION": precision,
+            "PRECISION": "tf32" if query.dtype == torch.float32 and problem.allow_tf32 else "ieee",
         }
+        self.arguments |= {f"{name}_strides": layout.spatial_strides for name, layout in layouts.items()}
+        for name in ("additional_keys", "additional_values"):
+            layout = getattr(problem, name)
+            self.arguments[f"{name}_strides"] = (0, 0, 0) if layout is None else layout.strides[:3]
+        self.arguments["additional"] = 0 if problem.additional_keys is None else problem.additional_keys.shape[1]
 
-    def run(self, kernel: str, rpb: Tensor | None, run: Callable[[Tiles], None]) -> None:
-        """Calls `run` with the tiles for a kernel."""
-        widths = (self.head_dim, self.head_dim_v, self.itemsize)
-        workload = Workload(self.axes, *widths, rpb is not None, self.shared_memory)
-        if autotune.is_enabled():
-            run(autotune.measured_tiles(kernel, workload, run))
-        else:
-            run(choose_tiles(kernel, workload))
-
-    def tiling(self, tiles: Tiles, extent: Extent, loaded: dict[str, Tensor]) -> dict:
-        """Arguments that depend on the tiles. `loaded` are the tensors that a kernel loads in tiles of `extent`; they
-        become descriptors for the bulk copy engine where that was chosen and the machine and the layouts allow it.
+    def launch(self, kernel: Any, programs: int, tiles: Tiles, extent: Extent, moving: tuple[str, str]) -> Launch:
+        """A launch of a kernel that loads the `moving` tensors in tiles of `extent`: through the bulk copy engine where
+        that was chosen and the machine and the layouts allow it.
         """
-        arguments: dict = {
+        arguments = self.arguments | {
             "QUERY_TILE": tiles.query,
             "KEY_TILE": tiles.key,
             "STAGES": tiles.num_stages,
+            "INTERIOR": self.has_interior(tiles),
             "num_warps": tiles.num_warps,
             "num_stages": tiles.num_stages,
-            "TMA": False,
         }
-        if not tiles.bulk or self.groups > 1 or not all(map(self.can_copy_in_bulk, loaded.values())):
-            return arguments
-        for name, x in loaded.items():
-            batch, t, h, w, _ = _spatial_strides(x)
-            shape = [self.batch, *self.lengths.values(), x.shape[-2] * x.shape[-1]]
-            # Axes of length 1 need a legal stride all the same.
-            strides = [batch, t or w, h or w, w, 1]
-            arguments[name] = TensorDescriptor(x, shape, strides, [1, *extent, x.shape[-1]])
-        return arguments | {"TMA": True}
+        layouts = {name: getattr(self.problem, name) for name in moving}
+        arguments["TMA"] = tiles.bulk and self.groups == 1 and all(map(self.can_copy_in_bulk, layouts.values()))
+        bulk = {}
+        if arguments["TMA"]:
+            lengths = [arguments[f"length_{axis}"] for axis in "thw"]
+            for name, layout in layouts.items():
+                batch, t, h, w, _ = layout.spatial_strides
+                heads, width = layout.shape[-2:]
+                # Axes of length 1 need a legal stride all the same.
+                strides = [batch, t or w, h or w, w, 1]
+                bulk[name] = ([self.batch, *lengths, heads * width], strides, [1, *extent, width])
+        return Launch(kernel, programs, arguments, bulk)
 
-    def can_copy_in_bulk(self, x: Tensor) -> bool:
+    def can_copy_in_bulk(self, layout: Layout) -> bool:
         """Whether tiles of a tensor can be loaded by Hopper's bulk copy engine: heads side by side, 16-byte steps."""
-        *strides, heads = _spatial_strides(x)
+        *strides, heads = layout.spatial_strides
         return (
-            _has_bulk_copies(x.device)
-            and x.shape[-1] in (16, 32, 64, 128, 256)
-            and heads == x.shape[-1]
-            and x.data_ptr() % 16 == 0
-            and all(stride * x.element_size() % 16 == 0 and stride >= 0 for stride in strides)
+            _has_bulk_copies(self.problem.device)
+            and layout.shape[-1] in (16, 32, 64, 128, 256)
+            and heads == layout.shape[-1]
+            and layout.is_aligned
+            and all(stride * layout.dtype.itemsize % 16 == 0 and stride >= 0 for stride in strides)
             and strides[0] > 0
             and strides[3] > 0
         )
@@ -131,27 +262,125 @@ class _Launch:
     def has_interior(self, tiles: Tiles) -> bool:
         """Whether a pair of tiles can lie wholly inside the neighborhood, so that looking for one pays."""
         return all(
-            query + key - stride <= kernel_size
-            for query, key, stride, kernel_size in zip(
-                tiles.query, tiles.key, self.rule["STRIDE"], self.rule["KERNEL"], strict=True
-            )
+            query + key - axis.stride <= axis.kernel_size
+            for query, key, axis in zip(tiles.query, tiles.key, as_three_axes(self.problem.axes), strict=True)
         )
 
-    def count(self, extent: tuple[int, int, int]) -> int:
+    def count(self, extent: Extent) -> int:
         """Tiles of all dilation groups of one sample and head."""
         return self.groups * prod(
             ceil(ceil(axis.length / axis.dilation) / size)
-            for axis, size in zip(as_three_axes(self.axes), extent, strict=True)
+            for axis, size in zip(as_three_axes(self.problem.axes), extent, strict=True)
         )
 
 
-def _additional(keys: Tensor | None, values: Tensor | None) -> dict:
-    return {
-        "additional_keys": keys,
-        "additional_values": values,
-        "additional_keys_strides": (0, 0, 0) if keys is None else keys.stride()[:3],
-        "additional_values_strides": (0, 0, 0) if values is None else values.stride()[:3],
+def _has_bulk_copies(device: torch.device) -> bool:
+    return device.type == "cuda" and torch.cuda.get_device_capability(device)[0] >= 9
+
+
+def _shared_memory(device: torch.device) -> int:
+    if device.type != "cuda":
+        return HOPPER_SHARED_MEMORY
+    return triton.runtime.driver.active.utils.get_device_properties(device.index)["max_shared_mem"]
+
+
+def _forward(geometry: Geometry, tiles: Tiles) -> Prepared:
+    by_row = tiles.by_row and geometry.problem.additional_keys is None
+    kernel = forward_small_kernel if by_row else forward_kernel
+    programs = geometry.count(tiles.query) * geometry.heads * geometry.batch
+    return Prepared([geometry.launch(kernel, programs, tiles, tiles.key, ("key", "value"))])
+
+
+def _query(geometry: Geometry, tiles: Tiles) -> Prepared:
+    programs = geometry.count(tiles.query) * geometry.heads * geometry.batch
+    return Prepared([geometry.launch(query_kernel, programs, tiles, tiles.key, ("key", "value"))])
+
+
+def _key_value(geometry: Geometry, tiles: Tiles) -> Prepared:
+    programs = geometry.count(tiles.key) * geometry.heads_kv * geometry.batch
+    return Prepared([geometry.launch(key_value_kernel, programs, tiles, tiles.query, ("query", "grad_output"))])
+
+
+def _bias(geometry: Geometry, tiles: Tiles) -> Prepared:
+    axes = as_three_axes(geometry.problem.axes)
+    lead = tuple(map(_lead, axes, tiles.key))
+    offsets = tuple(
+        ceil((query + axis.kernel_size - 1 + before) / key)
+        for axis, query, key, before in zip(axes, tiles.query, tiles.key, lead, strict=True)
+    )
+    positions = geometry.count(tiles.query)
+    block = prod(offsets) * geometry.heads * prod(tiles.query) * prod(tiles.key)
+    # Enough programs to fill any GPU a few times over, within the memory that partial sums may take.
+    wanted = min(ceil(8192 / (prod(offsets) * geometry.heads)), max(1, PARTIAL_BYTES // (4 * block)))
+    batch_splits = min(geometry.batch, ceil(wanted / positions))
+    items = positions * batch_splits
+    items_per_split = ceil(items / min(wanted, items))
+    splits = ceil(items / items_per_split)
+    arguments = geometry.arguments | {
+        "QUERY_TILE": tiles.query,
+        "KEY_TILE": tiles.key,
+        "LEAD": lead,
+        "OFFSETS": offsets,
+        "batch_splits": batch_splits,
+        "items": items,
+        "items_per_split": items_per_split,
+        "splits": splits,
     }
+    options = {"STAGES": tiles.num_stages, "num_warps": tiles.num_warps, "num_stages": tiles.num_stages}
+    shape = geometry.problem.rpb.shape if geometry.problem.rpb is not None else ()
+    launches = [
+        Launch(bias_kernel, prod(offsets) * geometry.heads * splits, arguments | options),
+        Launch(bias_fold_kernel, prod(shape), arguments | {"num_warps": 1}),
+    ]
+    return Prepared(launches, {"partial": (splits, block)})
+
+
+def _lead(axis: Axis, key_tile: int) -> int:
+    """How far before a query tile its key tiles start: by whole tiles before the windows away from the borders, so
+    that these meet as few tiles as can be, and far enough for the windows at the end of the axis.
+    """
+    k, s = axis.kernel_size, axis.stride
+    inner = k - s if axis.is_causal else k // 2 - s // 2
+    return inner + ceil(max(0, k - 1 - inner) / key_tile) * key_tile
+
+
+PREPARE: dict[str, Callable[[Geometry, Tiles], Prepared]] = {
+    "forward": _forward,
+    "query": _query,
+    "key_value": _key_value,
+    "bias": _bias,
+}
+
+
+@lru_cache(maxsize=4096)
+def _additional(problem: Problem) -> Prepared:
+    """The gradients of additional keys and values, as partial sums over shares of the queries."""
+    geometry = Geometry(problem)
+    keys, values = problem.additional_keys, problem.additional_values
+    assert keys is not None and values is not None
+    width = max(geometry.head_dim, geometry.head_dim_v)
+    rows = 16 if problem.query.dtype.itemsize * width > 512 else 32
+    tokens = prod(axis.length for axis in problem.axes)
+    programs = ceil(keys.shape[1] / rows) * geometry.heads_kv * geometry.batch
+    splits = min(ceil(tokens / rows), max(1, 1024 // programs))
+    arguments = geometry.arguments | {
+        "tokens_per_split": ceil(tokens / splits),
+        "QUERIES": rows,
+        "KEYS": rows,
+        "num_warps": 4,
+        "num_stages": 2,
+    }
+    workspaces = {"partial_keys": (splits, *keys.shape), "partial_values": (splits, *values.shape)}
+    return Prepared([Launch(additional_kernel, programs * splits, arguments)], workspaces)
+
+
+def _rows_contiguous(x: Tensor) -> Tensor:
+    return x if x.stride(-1) == 1 else x.contiguous()
+
+
+def _for_kernels(rpb: Tensor | None, scale: float) -> Tensor | None:
+    """The kernels add the bias to scores that are not yet scaled."""
+    return None if rpb is None else (rpb.float() / scale).contiguous()
 
 
 def forward(
@@ -172,40 +401,16 @@ def forward(
     lse = query.new_empty(query.shape[:-1], dtype=torch.float32)
     if output.numel() == 0:
         return output, lse
-    launch = _Launch(axes, query, key, value)
     tensors = {
         "query": query,
         "key": key,
         "value": value,
-        # The kernels add the bias to scores that are not yet scaled.
-        "rpb": None if rpb is None else rpb.float() / scale,
-        "output": output,
-        "lse": lse,
-        "scale": scale,
-        "dilations": launch.dilations,
-        "heads": launch.heads,
-        "query_strides": _spatial_strides(query),
-        "key_strides": _spatial_strides(key),
-        "value_strides": _spatial_strides(value),
-        **launch.lengths,
-        **launch.rule,
-        **launch.common,
+        "rpb": _for_kernels(rpb, scale),
+        "additional_keys": additional_keys,
+        "additional_values": additional_values,
     }
-
-    def run(tiles: Tiles) -> None:
-        grid = (launch.count(tiles.query) * launch.heads * launch.batch,)
-        arguments = tensors | launch.tiling(tiles, tiles.key, {"key": key, "value": value})
-        if tiles.by_row and additional_keys is None:
-            forward_small_kernel[grid](**arguments)
-        else:
-            forward_kernel[grid](
-                **arguments,
-                **_additional(additional_keys, additional_values),
-                additional=0 if additional_keys is None else additional_keys.shape[1],
-                INTERIOR=launch.has_interior(tiles),
-            )
-
-    launch.run("forward", rpb, run)
+    problem = _problem(query.device, axes, scale, *tensors.values())
+    plan("forward", problem).run(tensors | {"output": output, "lse": lse})
     return output, lse
 
 
@@ -229,127 +434,47 @@ def backward(
     query, key, value, grad_output = map(_rows_contiguous, (query, key, value, grad_output))
     if additional_keys is not None and additional_values is not None:
         additional_keys, additional_values = map(_rows_contiguous, (additional_keys, additional_values))
-    rpb = None if rpb is None else rpb.contiguous()
     grad_lse = None if grad_lse is None else grad_lse.contiguous()
     grad_query, grad_key, grad_value = (
         torch.empty(x.shape, dtype=x.dtype, device=x.device) for x in (query, key, value)
     )
-    grad_rpb = torch.empty_like(rpb) if rpb is not None and needs_rpb else None
-    delta = torch.empty_like(lse)
-    additional = 0 if additional_keys is None else additional_keys.shape[1]
+    grad_rpb = torch.empty(rpb.shape, dtype=rpb.dtype, device=rpb.device) if rpb is not None and needs_rpb else None
     if output.numel() == 0:
         optional = [None if x is None else torch.zeros_like(x) for x in (grad_rpb, additional_keys, additional_values)]
         return grad_query, grad_key, grad_value, optional[0], optional[1], optional[2]
 
-    launch = _Launch(axes, query, key, value, grad_output)
     tensors = {
         "query": query,
         "key": key,
         "value": value,
-        "rpb": rpb,
-        "lse": lse,
-        "delta": delta,
+        "rpb": _for_kernels(rpb, scale),
+        "additional_keys": additional_keys,
+        "additional_values": additional_values,
         "grad_output": grad_output,
-        "scale": scale,
-        "dilations": launch.dilations,
-        "heads": launch.heads,
-        "query_strides": _spatial_strides(query),
-        "key_strides": _spatial_strides(key),
-        "value_strides": _spatial_strides(value),
-        "grad_output_strides": _spatial_strides(grad_output),
-        **launch.lengths,
-        **launch.rule,
-        **launch.common,
+        "grad_lse": grad_lse,
     }
-
-    def run_query(tiles: Tiles) -> None:
-        query_kernel[(launch.count(tiles.query) * launch.heads * launch.batch,)](
-            **(tensors | launch.tiling(tiles, tiles.key, {"key": key, "value": value})),
-            **_additional(additional_keys, additional_values),
-            additional=additional,
-            output=output,
-            grad_lse=grad_lse,
-            grad_query=grad_query,
-            INTERIOR=launch.has_interior(tiles),
-        )
-
-    def run_key_value(tiles: Tiles) -> None:
-        key_value_kernel[(launch.count(tiles.key) * launch.heads_kv * launch.batch,)](
-            **(tensors | launch.tiling(tiles, tiles.query, {"query": query, "grad_output": grad_output})),
-            grad_key=grad_key,
-            grad_value=grad_value,
-            INTERIOR=launch.has_interior(tiles),
-        )
-
-    launch.run("query", rpb, run_query)  # first: it writes delta, which the others read
-    launch.run("key_value", rpb, run_key_value)
+    problem = _problem(query.device, axes, scale, *tensors.values())
+    tensors |= {
+        "output": output,
+        "lse": lse,
+        "delta": torch.empty_like(lse),
+        "grad_query": grad_query,
+        "grad_key": grad_key,
+        "grad_value": grad_value,
+        "grad_rpb": grad_rpb,
+    }
+    plan("query", problem).run(tensors)  # first: it writes delta, which the others read
+    plan("key_value", problem).run(tensors)
     if grad_rpb is not None:
-        _bias_gradient(launch, tensors, grad_rpb)
+        plan("bias", problem).run(tensors)
     grad_keys, grad_values = None, None
     if additional_keys is not None and additional_values is not None:
-        grad_keys, grad_values = _additional_gradients(launch, tensors, additional_keys, additional_values)
+        if additional_keys.numel() == 0:
+            grad_keys, grad_values = torch.zeros_like(additional_keys), torch.zeros_like(additional_values)
+        else:
+            partial = _additional(problem).run(tensors, query.device)
+            grad_keys, grad_values = (
+                partial[name].sum(0).to(query.dtype)  # type: ignore[union-attr]
+                for name in ("partial_keys", "partial_values")
+            )
     return grad_query, grad_key, grad_value, grad_rpb, grad_keys, grad_values
-
-
-def _bias_gradient(launch: _Launch, tensors: dict, grad_rpb: Tensor) -> None:
-    kernel_size = launch.rule["KERNEL"]
-
-    def run(tiles: Tiles) -> None:
-        offsets = tuple(ceil((q + 2 * k - 2) / c) for q, k, c in zip(tiles.query, kernel_size, tiles.key, strict=True))
-        positions = launch.count(tiles.query)
-        block = prod(offsets) * launch.heads * prod(tiles.query) * prod(tiles.key)
-        # Enough programs to fill any GPU a few times over, within the memory that partial sums may take.
-        wanted = min(ceil(8192 / (prod(offsets) * launch.heads)), max(1, PARTIAL_BYTES // (4 * block)))
-        batch_splits = min(launch.batch, ceil(wanted / positions))
-        items = positions * batch_splits
-        items_per_split = ceil(items / min(wanted, items))
-        splits = ceil(items / items_per_split)
-        partial = torch.empty((splits, block), dtype=torch.float32, device=grad_rpb.device)
-        extents = {"QUERY_TILE": tiles.query, "KEY_TILE": tiles.key, "OFFSETS": offsets}
-        bias_kernel[(prod(offsets) * launch.heads * splits,)](
-            **tensors,
-            **extents,
-            partial=partial,
-            batches=launch.batch,
-            batch_splits=batch_splits,
-            items=items,
-            items_per_split=items_per_split,
-            STAGES=tiles.num_stages,
-            num_warps=tiles.num_warps,
-            num_stages=tiles.num_stages,
-        )
-        bias_fold_kernel[(grad_rpb.numel(),)](
-            partial, grad_rpb, launch.heads, splits, KERNEL=kernel_size, **extents, num_warps=1
-        )
-
-    launch.run("bias", grad_rpb, run)
-
-
-def _additional_gradients(launch: _Launch, tensors: dict, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
-    width = max(launch.head_dim, launch.head_dim_v)
-    rows = 16 if launch.itemsize * width > 512 else 32
-    tokens = prod(axis.length for axis in launch.axes)
-    blocks = ceil(keys.shape[1] / rows)
-    programs = blocks * launch.heads_kv * launch.batch
-    if programs == 0:
-        return torch.zeros_like(keys), torch.zeros_like(values)
-    splits = min(ceil(tokens / rows), max(1, 1024 // programs))
-    partial_keys = torch.empty((splits, *keys.shape), dtype=torch.float32, device=keys.device)
-    partial_values = torch.empty((splits, *values.shape), dtype=torch.float32, device=values.device)
-    names = ("query", "lse", "delta", "grad_output", "scale", "heads", "query_strides", "grad_output_strides")
-    additional_kernel[(programs * splits,)](
-        **{name: tensors[name] for name in names},
-        **launch.lengths,
-        **launch.common,
-        **_additional(keys, values),
-        partial_keys=partial_keys,
-        partial_values=partial_values,
-        batches=launch.batch,
-        additional=keys.shape[1],
-        tokens_per_split=ceil(tokens / splits),
-        QUERIES=rows,
-        KEYS=rows,
-        num_warps=4,
-        num_stages=2,
-    )
-    return partial_keys.sum(0).to(keys.dtype), partial_values.sum(0).to(values.dtype)
