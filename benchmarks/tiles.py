@@ -1,0 +1,181 @@
+"""How near the shipped choice of tiles comes to the best that a search finds, kernel by kernel.
+
+    python benchmarks/tiles.py --case img_s1,vid_s1 --rpb with --out results/tiles.csv
+
+Every choice runs on the same tensors; its result is compared with the shipped choice's, which the tests hold against
+the reference; it is timed as in `timing.py`. Rows are the shipped choice and the fastest others. Processes of their own
+compile the kernels beforehand, into Triton's cache.
+"""
+
+import argparse
+from collections.abc import Callable, Iterator
+from contextlib import suppress
+from itertools import product
+from multiprocessing import get_context
+from pathlib import Path
+
+import torch
+import triton
+from attention import CASES, Row, listed, print_table
+from problems import Problem
+from record import write_csv
+from timing import milliseconds, provenance
+from torch import Tensor
+
+from fused_na.triton import launch
+from fused_na.triton.tiles import Tiles, as_three_axes, choose_tiles, executed_scores, extents, regime
+
+RESULTS = {
+    "forward": ("output", "lse"),
+    "query": ("grad_query", "delta"),
+    "key_value": ("grad_key", "grad_value"),
+    "bias": ("grad_rpb",),
+}
+# Rows of a kernel's own tile, rows of the tiles it loops over, warps.
+SMALL = [(rows, moving, warps) for rows, warps in ((16, 1), (32, 1), (64, 2)) for moving in (16, 32, 64)]
+LARGE = [(64, 32, 4), (64, 64, 4), (128, 32, 4), (128, 64, 4), (128, 32, 8), (128, 64, 8), (128, 128, 8)]
+
+
+class Subject:
+    """One kernel on the tensors of a problem; the tiles are still to be given."""
+
+    def __init__(self, problem: Problem, kernel: str, has_rpb: bool, device: torch.device, dtype: torch.dtype) -> None:
+        query, key, value, rpb, incoming = problem.inputs(dtype, device, has_rpb, seed=0)
+        scale = problem.head_dim**-0.5
+        output, lse = launch.forward(query, key, value, problem.axes, scale, rpb, None, None)
+        self.tensors: launch.Tensors = {"query": query, "key": key, "value": value, "rpb": launch.unscaled(rpb, scale)}
+        self.tensors |= {"additional_keys": None, "additional_values": None}
+        if kernel != "forward":
+            self.tensors |= {"grad_output": incoming, "grad_lse": None}
+        self.kernel, self.problem = kernel, launch.problem_of(problem.axes, scale, self.tensors)
+        self.geometry = launch.Geometry(self.problem)
+        self.tensors |= {"output": output, "lse": lse, "delta": torch.empty_like(lse)}
+        written = {"grad_query": query, "grad_key": key, "grad_value": value, "grad_rpb": rpb}
+        for name, x in written.items():
+            self.tensors[name] = None if x is None else torch.empty(x.shape, dtype=x.dtype, device=device)
+        if kernel in ("key_value", "bias"):
+            launch.plan("query", self.problem).run(self.tensors)  # writes delta
+
+    @property
+    def shipped(self) -> Tiles:
+        return choose_tiles(self.kernel, self.geometry.workload)
+
+    def candidates(self) -> Iterator[Tiles]:
+        """The shipped choice, then for each number of rows, warps and stages the extents that execute least."""
+        yield self.shipped
+        axes = as_three_axes(self.problem.axes)
+        workload, over_keys = self.geometry.workload, self.kernel != "key_value"
+        is_small = regime(workload).startswith("small")
+        found = {self.shipped}
+        for (rows, moving, warps), stages, bulk in product(SMALL if is_small else LARGE, (2, 3), (True, False)):
+            if bulk and (self.kernel == "bias" or self.geometry.groups > 1):
+                continue
+            for by_row in (False, True) if self.kernel == "forward" and is_small else (False,):
+                tilings = sorted(
+                    (executed_scores(axes, s, m, over_keys), -m[2], -s[2], s, m)
+                    for s in extents(rows, axes)
+                    for m in extents(moving, axes)
+                    if m[0] == 1 or not by_row
+                )
+                if not tilings:
+                    continue
+                *_, s, m = tilings[0]
+                tiles = Tiles(*((s, m) if over_keys else (m, s)), warps, stages, bulk, by_row)
+                if tiles not in found:
+                    found.add(tiles)
+                    yield tiles
+
+    def prepare(self, tiles: Tiles) -> Callable[[], object]:
+        """What runs the kernel with certain tiles, after it ran once."""
+        prepared = launch.PREPARE[self.kernel](self.geometry, tiles)
+        for name in RESULTS[self.kernel]:
+            result = self.tensors[name]
+            assert result is not None
+            result.fill_(torch.nan)
+
+        def run() -> None:
+            prepared.run(self.tensors, self.problem.device)
+
+        run()
+        return run
+
+    def results(self) -> Tensor:
+        return torch.cat([self.tensors[name].float().flatten() for name in RESULTS[self.kernel]])  # type: ignore[union-attr]
+
+
+def rows_of(case: str, kernel: str, has_rpb: bool, top: int, device: torch.device, dtype: torch.dtype) -> list[Row]:
+    """The shipped choice and the `top` fastest others."""
+    subject = Subject(CASES[case], kernel, has_rpb, device, dtype)
+    subject.prepare(subject.shipped)
+    expected = subject.results()
+    rows: list[Row] = []
+    for tiles in subject.candidates():
+        row: Row = {"case": case, "kernel": kernel, "rpb": "with" if has_rpb else "without"}
+        row |= {"tiles": " ".join("x".join(map(str, x)) for x in tiles[:2])}
+        row |= {"warps": tiles.num_warps, "stages": tiles.num_stages}
+        row |= {"loads": ("bulk" if tiles.bulk else "pointers") + (", by row" if tiles.by_row else "")}
+        try:
+            run = subject.prepare(tiles)
+        except triton.runtime.errors.OutOfResources as error:
+            rows.append(row | {"status": f"failed: {error}"})
+            continue
+        error = (torch.linalg.vector_norm(subject.results() - expected) / torch.linalg.vector_norm(expected)).item()
+        if not error < 0.02:
+            rows.append(row | {"status": f"wrong: differs by {error:.1e} from the shipped choice"})
+            continue
+        ms = milliseconds([run], device, repeats=5)
+        rows.append(row | {"status": "ok", "ms": ms, "max_error": error})
+    shipped = rows[0]
+    for row in rows:
+        if "ms" in row:
+            row["times_shipped"] = row["ms"] / shipped["ms"]  # type: ignore[operator]
+    timed = sorted((row for row in rows[1:] if "ms" in row), key=lambda row: row["ms"])
+    return [shipped | {"choice": "shipped"}, *timed[:top], *(row for row in rows if "ms" not in row)]
+
+
+def compile_share(jobs: list, device: torch.device, dtype: torch.dtype, share: int, shares: int) -> None:
+    """Runs a share of all choices once, so that their kernels are in Triton's cache."""
+    for case, kernel, has_rpb in jobs:
+        subject = Subject(CASES[case], kernel, has_rpb, device, dtype)
+        for tiles in list(subject.candidates())[share::shares]:
+            with suppress(triton.runtime.errors.OutOfResources):
+                subject.prepare(tiles)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--case", type=listed(CASES), required=True, metavar="NAME,...", help=f"of {', '.join(CASES)}")
+    parser.add_argument("--kernels", type=listed(RESULTS), default=list(RESULTS), metavar="NAME,...")
+    parser.add_argument("--rpb", choices=["with", "without"], default="without", help="relative positional bias")
+    parser.add_argument("--dtype", choices=["bfloat16", "float16", "float32"], default="bfloat16")
+    parser.add_argument("--device", default="cuda:0", help="cpu with TRITON_INTERPRET=1, to see that it runs")
+    parser.add_argument("--top", type=int, default=3, help="others to list (default: %(default)s)")
+    parser.add_argument("--processes", type=int, default=8, help="that compile (default: %(default)s)")
+    parser.add_argument("--commit", help="recorded instead of what git says, for a copy without its history")
+    parser.add_argument("--out", type=Path, metavar="FILE.csv")
+    options = parser.parse_args()
+    has_rpb = options.rpb == "with"
+    kernels = [kernel for kernel in options.kernels if has_rpb or kernel != "bias"]
+    jobs = [(case, kernel, has_rpb) for case in options.case for kernel in kernels]
+
+    context = get_context("spawn")
+    where = torch.device(options.device), getattr(torch, options.dtype)
+    processes = [
+        context.Process(target=compile_share, args=(jobs, *where, share, options.processes))
+        for share in range(options.processes)
+    ]
+    for process in processes:
+        process.start()
+    for process in processes:
+        process.join()
+
+    rows = [row for job in jobs for row in rows_of(*job, options.top, *where)]
+    columns = ["case", "kernel", "rpb", "tiles", "warps", "stages", "loads", "choice", "status", "ms", "times_shipped"]
+    found = provenance(where[0], options.commit)
+    if options.out:
+        write_csv(options.out, [{name: row.get(name, "") for name in [*columns, "max_error"]} | found for row in rows])
+    print_table(rows, columns)
+
+
+if __name__ == "__main__":
+    main()
