@@ -9,6 +9,7 @@ from lightning.pytorch.overrides.distributed import UnrepeatedDistributedSampler
 from torch.utils.data import DataLoader
 
 from nat_models.data.datasets import DecodedImages, class_names, create_source, is_streamed, read_undecodable
+from nat_models.data.seeding import SeededSamples, SeededStream, TrainingSampler
 from nat_models.data.transforms import create_transform
 
 
@@ -30,7 +31,7 @@ class ImageDataModule(lightning.LightningDataModule):
         num_workers: worker processes per device; 0 loads in the main process.
         augmentation: arguments of `timm.data.create_transform` for training (`scale`, `hflip`, `auto_augment`, ...).
         dataset_kwargs: further arguments of `timm.data.create_dataset` (`download`, `input_key`, `target_key`, ...).
-        seed: of the shuffling of streamed datasets; the others follow the global seed.
+        seed: of the order and the augmentation of the training images.
         undecodable_list: file that collects the paths of undecodable training images.
 
     Raises:
@@ -85,6 +86,7 @@ class ImageDataModule(lightning.LightningDataModule):
         self.dataset_kwargs = dataset_kwargs or {}
         self.seed = seed
         self.undecodable_list = Path(undecodable_list) if undecodable_list else None
+        self.start = (0, 0)  # epoch and batch that training starts with
         self.classes: list[str] = []
         self.train_dataset: Any = None
         self.val_dataset: Any = None
@@ -106,10 +108,27 @@ class ImageDataModule(lightning.LightningDataModule):
             self.val_dataset = self._decoded(val, is_training=False)
 
     def train_dataloader(self) -> DataLoader:
-        return self._loader(self.train_dataset, is_training=True)
+        epoch, start = self.start
+        if is_streamed(self.dataset_name):
+            stream = SeededStream(self.train_dataset, self.batch_size, self.seed, epoch, start)
+            # The order within a stream is drawn when a worker starts, so each epoch starts its workers anew.
+            return self._loader(stream, self.batch_size, generator=stream.generator, drop_last=True)
+        return self._loader(
+            SeededSamples(self.train_dataset, self.seed),
+            self.batch_size,
+            sampler=TrainingSampler(self.train_dataset, self.batch_size, self.seed, epoch, start),
+            drop_last=True,
+            persistent_workers=self.num_workers > 0,
+        )
 
     def val_dataloader(self) -> DataLoader:
-        return self._loader(self.val_dataset, is_training=False)
+        sampler = None
+        if torch.distributed.is_initialized() and not is_streamed(self.dataset_name):
+            # Lightning's default sampler repeats images until the ranks have equally many, which changes the score.
+            sampler = UnrepeatedDistributedSampler(self.val_dataset, shuffle=False)
+        return self._loader(
+            self.val_dataset, self.eval_batch_size, sampler=sampler, persistent_workers=self.num_workers > 0
+        )
 
     def test_dataloader(self) -> DataLoader:
         """The validation split: the datasets here have no other labelled one."""
@@ -118,6 +137,13 @@ class ImageDataModule(lightning.LightningDataModule):
     def undecodable_paths(self) -> list[str]:
         """Training images that could not be decoded so far, on all ranks and workers."""
         return read_undecodable(self.undecodable_list)
+
+    def training_samples(self, epoch: int, batch_idx: int) -> list[str]:
+        """Names of the images of one batch of this process; of a streamed dataset nothing is known."""
+        if is_streamed(self.dataset_name):
+            return []
+        indices = TrainingSampler(self.train_dataset, self.batch_size, self.seed).batch(epoch, batch_idx)
+        return [self.train_dataset.path(index) for index in indices]
 
     def describe(self) -> dict[str, str]:
         """Rows of the table that opens a run."""
@@ -159,22 +185,9 @@ class ImageDataModule(lightning.LightningDataModule):
             return source
         return DecodedImages(source, transform, self._mode, is_training, self.undecodable_list if is_training else None)
 
-    def _loader(self, dataset: Any, is_training: bool) -> DataLoader:
-        sampler = None
-        streamed = is_streamed(self.dataset_name)
-        if not is_training and not streamed and torch.distributed.is_initialized():
-            # Lightning's default sampler repeats images until the ranks have equally many, which changes the score.
-            sampler = UnrepeatedDistributedSampler(dataset, shuffle=False)
-        return DataLoader(
-            dataset,
-            batch_size=self.batch_size if is_training else self.eval_batch_size,
-            shuffle=is_training and not streamed,
-            sampler=sampler,
-            num_workers=self.num_workers,
-            drop_last=is_training,
-            pin_memory=torch.cuda.is_available(),
-            persistent_workers=self.num_workers > 0,
-        )
+    def _loader(self, dataset: Any, batch_size: int, **settings: Any) -> DataLoader:
+        pin_memory = torch.cuda.is_available()
+        return DataLoader(dataset, batch_size, num_workers=self.num_workers, pin_memory=pin_memory, **settings)
 
 
 def check_positive_int(name: str, value: Any) -> None:

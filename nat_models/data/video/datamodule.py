@@ -12,6 +12,7 @@ from torch.utils.data import DataLoader, default_collate
 
 from nat_models.data.datamodule import check_img_size, check_positive_int
 from nat_models.data.datasets import read_undecodable
+from nat_models.data.seeding import SeededSamples, TrainingSampler
 from nat_models.data.video.annotations import Annotations, LabelledVideo, read_annotations
 from nat_models.data.video.dataset import EvaluationViews, TrainingClips, VideoOpener
 from nat_models.data.video.decoding import check_decoder, decoder_version
@@ -46,6 +47,7 @@ class VideoDataModule(lightning.LightningDataModule):
         num_workers: worker processes per device; 0 loads in the main process.
         augmentation: arguments of `training_transform`.
         repeats: clips of each video in a batch (repeated augmentation); divides `batch_size`.
+        seed: of the order and the augmentation of the training videos.
         undecodable_list: file that collects the paths of damaged training videos.
         damaged_limit: share of the training videos that may be missing or damaged.
         static_baseline: also evaluate with each clip's middle frame repeated, which shows what motion tells.
@@ -80,6 +82,7 @@ class VideoDataModule(lightning.LightningDataModule):
         num_workers: int = 0,
         augmentation: dict[str, Any] | None = None,
         repeats: int = 1,
+        seed: int = 0,
         undecodable_list: str | None = None,
         damaged_limit: float = 0.01,
         static_baseline: bool = False,
@@ -115,9 +118,11 @@ class VideoDataModule(lightning.LightningDataModule):
         self.num_workers = num_workers
         self.augmentation = augmentation or {}
         self.repeats = repeats
+        self.seed = seed
         self.undecodable_list = Path(undecodable_list) if undecodable_list else None
         self.damaged_limit = damaged_limit
         self.static_baseline = static_baseline
+        self.start = (0, 0)  # epoch and batch that training starts with
         self.classes: list[str] = []
         self.excluded: list[str] = []
         self.train_dataset: Any = None
@@ -153,10 +158,11 @@ class VideoDataModule(lightning.LightningDataModule):
             self.val_dataset = self._evaluation(self._without_excluded(val), self.sampling, self.test_views)
 
     def train_dataloader(self) -> DataLoader:
+        videos = self.batch_size // self.repeats
         return DataLoader(
-            self.train_dataset,
-            batch_size=self.batch_size // self.repeats,
-            shuffle=True,
+            SeededSamples(self.train_dataset, self.seed),
+            batch_size=videos,
+            sampler=TrainingSampler(self.train_dataset, videos, self.seed, *self.start),
             drop_last=True,
             collate_fn=default_collate if self.repeats == 1 else _collate_repeats,
             **self._workers(),
@@ -185,6 +191,11 @@ class VideoDataModule(lightning.LightningDataModule):
     def undecodable_paths(self) -> list[str]:
         """Training videos that could not be decoded so far, on all ranks and workers."""
         return read_undecodable(self.undecodable_list)
+
+    def training_samples(self, epoch: int, batch_idx: int) -> list[str]:
+        """Paths of the videos of one batch of this process."""
+        sampler = TrainingSampler(self.train_dataset, self.batch_size // self.repeats, self.seed)
+        return [str(self.train_dataset.videos[index].path) for index in sampler.batch(epoch, batch_idx)]
 
     def describe(self) -> dict[str, str]:
         """Rows of the table that opens a run."""

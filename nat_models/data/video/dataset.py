@@ -91,13 +91,16 @@ class TrainingClips(Dataset):
 
     def __getitem__(self, index: int) -> tuple[Tensor, Tensor]:
         label = self.videos[index].label
+        tried: set[int] = set()
         while True:
             try:
                 clips = self._clips(index)
                 break
             except VideoError as error:
                 self._report(index, error)
-                candidates = [other for other in self._of_class[label] if other not in self._damaged]
+                tried.add(index)
+                # What other samples found damaged must not count: it depends on which ones this process has read.
+                candidates = [other for other in self._of_class[label] if other not in tried]
                 if not candidates:
                     raise DamagedDataError(f"all videos of class {label} are damaged: {error}") from error
                 index = candidates[int(torch.randint(len(candidates), ()))]
