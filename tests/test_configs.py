@@ -10,11 +10,13 @@ import torch
 from hydra.utils import get_object
 from omegaconf import OmegaConf
 from safetensors.torch import save_file
-from timm.data import Mixup, create_transform
+from timm.data import create_transform
 from timm.scheduler import create_scheduler_v2
 from training_runs import REPOSITORY, compose_train, train, write_image_folder
 from video_files import write_video
 
+from nat_models.data.datamodule import split_augmentation
+from nat_models.data.device_transforms import Mixup
 from nat_models.data.video.sampling import Sampling
 from nat_models.data.video.transforms import training_transform
 from nat_models.engine.build import (
@@ -57,7 +59,7 @@ def test_every_key_is_read(tmp_path, experiment, debug):
     assert plain["data"].keys() - {"_target_"} <= keys_read_by(get_object(plain["data"]["_target_"]))
     is_video = plain["data"]["_target_"].endswith("VideoDataModule")
     transform = training_transform if is_video else create_transform
-    assert (plain["data"]["augmentation"] or {}).keys() <= keys_read_by(transform)
+    assert split_augmentation(plain["data"]["augmentation"])[0].keys() <= keys_read_by(transform)
     assert plain["data"].get("sampling", {}).keys() <= keys_read_by(Sampling)
     assert plain["model"].keys() <= keys_read_by(ClassificationModule)
     assert (plain["model"]["mixup"] or {}).keys() <= keys_read_by(Mixup)

@@ -17,6 +17,7 @@ from sklearn.metrics import accuracy_score, balanced_accuracy_score, confusion_m
 from torch.nn import functional as F
 
 from nat_models.data import ImageDataModule
+from nat_models.data.device_transforms import batch_generator
 from nat_models.engine.build import quiet_lightning
 from nat_models.engine.callbacks import Mistake, PredictionRecorder
 from nat_models.engine.checkpoint import check_resumable, find_checkpoint, read_checkpoint
@@ -109,9 +110,8 @@ def test_loss_with_mixup_is_the_soft_target_cross_entropy():
     module._trainer = tiny_trainer(1)
     module.trainer.strategy._optimizers = [torch.optim.SGD(module.parameters(), lr=0.1)]
     images, labels = torch.randn(4, 1, 32, 32), torch.tensor([0, 1, 2, 3])
-    np.random.seed(3)
-    share = float(np.float64(module.mixup._params_per_batch()[0]))
-    np.random.seed(3)
+    generator = batch_generator(module.trainer, "mixup")
+    share = module.mixup.draw(4, 32, 32, generator)[0][0].item()
     module.log = lambda *args, **kwargs: None
     module.eval()
     loss = module.training_step((images.clone(), labels), 0)
@@ -182,7 +182,8 @@ def test_metrics_agree_with_scikit_learn():
     )
     metrics = trainer.validate(module, data, verbose=False)[0]
     with torch.inference_mode():
-        images, labels = (torch.cat(parts) for parts in zip(*data.val_dataloader(), strict=True))
+        batches = (data.on_after_batch_transfer(batch, 0) for batch in data.val_dataloader())
+        images, labels = (torch.cat(parts) for parts in zip(*batches, strict=True))
         logits = module.eval()(images)
     predicted = logits.argmax(dim=1)
     assert metrics["val/loss"] == pytest.approx(F.cross_entropy(logits, labels).item(), rel=1e-5)

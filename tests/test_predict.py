@@ -94,7 +94,8 @@ def test_a_run_predicts_as_it_evaluates(run_dir: Path, image: Path, capsys: pyte
     datamodule = build_evaluation_datamodule(OmegaConf.load(run_dir / "config.yaml"), hparams)
     for index in range(3):
         pixels = predictor.read(Path(datamodule.val_dataset.path(index)))
-        assert torch.equal(pixels[0], datamodule.val_dataset[index][0])
+        batch = [datamodule.val_dataset[index][0][None]]
+        assert torch.equal(pixels, datamodule.on_after_batch_transfer(batch, 0)[0])
 
 
 def test_converted_weights_know_their_classes(run_dir: Path, image: Path, tmp_path: Path) -> None:

@@ -9,12 +9,15 @@ from lightning.pytorch.overrides.distributed import UnrepeatedDistributedSampler
 from torch.utils.data import DataLoader
 
 from nat_models.data.datasets import DecodedImages, class_names, create_source, is_streamed, read_undecodable
+from nat_models.data.device_transforms import DeviceTransform, RandomErasing
 from nat_models.data.seeding import SeededSamples, SeededStream, TrainingSampler
 from nat_models.data.transforms import create_transform
 
 
 class ImageDataModule(lightning.LightningDataModule):
-    """Training and validation batches `(images [B, in_chans, H, W] float32, labels [B] int64)`.
+    """Training and validation batches `(images [B, in_chans, H, W], labels [B] int64)`.
+
+    Images leave the loaders as uint8 and become float32 on the device: see `on_after_batch_transfer`.
 
     Args:
         name: dataset, see `nat_models.data.create_source`.
@@ -29,7 +32,8 @@ class ImageDataModule(lightning.LightningDataModule):
         batch_size: images per device and step.
         eval_batch_size: images per device in evaluation; None means `batch_size`.
         num_workers: worker processes per device; 0 loads in the main process.
-        augmentation: arguments of `timm.data.create_transform` for training (`scale`, `hflip`, `auto_augment`, ...).
+        augmentation: arguments of `timm.data.create_transform` for training (`scale`, `hflip`, `auto_augment`, ...);
+            those that begin with `re_` are arguments of `RandomErasing`.
         dataset_kwargs: further arguments of `timm.data.create_dataset` (`download`, `input_key`, `target_key`, ...).
         seed: of the order and the augmentation of the training images.
         undecodable_list: file that collects the paths of undecodable training images.
@@ -82,7 +86,8 @@ class ImageDataModule(lightning.LightningDataModule):
         self.batch_size = batch_size
         self.eval_batch_size = eval_batch_size or batch_size
         self.num_workers = num_workers
-        self.augmentation = augmentation or {}
+        self.augmentation, erasing = split_augmentation(augmentation)
+        self.device_transform = DeviceTransform(self.mean, self.std, 2, erasing)
         self.dataset_kwargs = dataset_kwargs or {}
         self.seed = seed
         self.undecodable_list = Path(undecodable_list) if undecodable_list else None
@@ -134,6 +139,10 @@ class ImageDataModule(lightning.LightningDataModule):
         """The validation split: the datasets here have no other labelled one."""
         return self.val_dataloader()
 
+    def on_after_batch_transfer(self, batch: Any, dataloader_idx: int) -> Any:
+        """Normalises the images, and in training erases rectangles of them, on the device."""
+        return self.device_transform(batch, self.trainer)
+
     def undecodable_paths(self) -> list[str]:
         """Training images that could not be decoded so far, on all ranks and workers."""
         return read_undecodable(self.undecodable_list)
@@ -178,7 +187,9 @@ class ImageDataModule(lightning.LightningDataModule):
     def _decoded(self, source: Any, is_training: bool) -> Any:
         settings: dict[str, Any] = {"interpolation": self.interpolation}
         settings |= self.augmentation if is_training else {"crop_pct": self.crop_pct}
-        transform = create_transform(self.img_size, is_training, mean=self.mean, std=self.std, **settings)
+        transform = create_transform(
+            self.img_size, is_training, mean=self.mean, std=self.std, normalize=False, **settings
+        )
         if is_streamed(self.dataset_name):
             source.transform = transform
             source.set_loader_cfg(num_workers=self.num_workers)
@@ -188,6 +199,16 @@ class ImageDataModule(lightning.LightningDataModule):
     def _loader(self, dataset: Any, batch_size: int, **settings: Any) -> DataLoader:
         pin_memory = torch.cuda.is_available()
         return DataLoader(dataset, batch_size, num_workers=self.num_workers, pin_memory=pin_memory, **settings)
+
+
+def split_augmentation(augmentation: dict[str, Any] | None) -> tuple[dict[str, Any], RandomErasing | None]:
+    """The augmentation of single images, done by the loaders, and the random erasing of batches, done on the device."""
+    settings = augmentation or {}
+    on_loader = {key: value for key, value in settings.items() if not key.startswith("re_")}
+    erasing = {key.removeprefix("re_"): value for key, value in settings.items() if key.startswith("re_")}
+    if settings.get("no_aug") or not erasing.get("prob"):
+        return on_loader, None
+    return on_loader, RandomErasing(**erasing)
 
 
 def check_positive_int(name: str, value: Any) -> None:

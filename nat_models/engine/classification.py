@@ -5,7 +5,6 @@ from typing import Any
 import lightning
 import timm
 import torch
-from timm.data import Mixup
 from timm.optim import create_optimizer_v2
 from timm.scheduler import create_scheduler_v2
 from torch import Tensor
@@ -13,6 +12,7 @@ from torch.nn import functional as F
 from torchmetrics import MeanMetric, Metric, MetricCollection
 from torchmetrics.classification import MulticlassAccuracy
 
+from nat_models.data.device_transforms import Mixup, batch_generator
 from nat_models.engine.errors import NonFiniteLossError
 from nat_models.names import check_model_name
 
@@ -36,7 +36,7 @@ class ClassificationModule(lightning.LightningModule):
             scales the learning rate of all but the classifier, on top of `layer_decay`.
         schedule: arguments of `timm.scheduler.create_scheduler_v2` (`sched`, `warmup_epochs`, `cooldown_epochs`,
             `warmup_lr`, `min_lr`, ...); steps once an optimiser step and ends with `trainer.max_epochs`.
-        mixup: arguments of `timm.data.Mixup` (`mixup_alpha`, `cutmix_alpha`, `prob`, `switch_prob`, `mode`) or None.
+        mixup: arguments of `Mixup` (`mixup_alpha`, `cutmix_alpha`, `prob`, `switch_prob`, `mode`) or None.
         label_smoothing: weight of the uniform distribution in the training target.
         compile: run the model through `torch.compile`.
 
@@ -67,7 +67,7 @@ class ClassificationModule(lightning.LightningModule):
             )
         except TypeError as error:
             raise ValueError(f"model.model_kwargs={model_kwargs} does not fit {model_name}: {error}") from error
-        self.mixup = Mixup(num_classes=num_classes, label_smoothing=label_smoothing, **mixup) if mixup else None
+        self.mixup = Mixup(num_classes, label_smoothing=label_smoothing, **mixup) if mixup else None
         self.label_smoothing = label_smoothing
         self.train_loss, self.val_loss, self.test_loss = MeanMetric(), MeanMetric(), MeanMetric()
         self.train_top1 = MulticlassAccuracy(num_classes, average="micro")
@@ -99,9 +99,8 @@ class ClassificationModule(lightning.LightningModule):
             logits = self(images)
             loss = F.cross_entropy(logits, labels, label_smoothing=self.label_smoothing)
         else:
-            # To Mixup, the frames of a clip [B, C, T, H, W] are channels: each gets the same box of CutMix.
-            mixed, soft_labels = self.mixup(images.flatten(1, -3), labels)
-            logits = self(mixed.view_as(images))
+            mixed, soft_labels = self.mixup(images, labels, batch_generator(self.trainer, "mixup"))
+            logits = self(mixed)
             loss = F.cross_entropy(logits, soft_labels)
             labels = soft_labels.argmax(dim=1)  # the accuracy counts the class with the larger share
         if not torch.isfinite(loss):

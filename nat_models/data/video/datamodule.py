@@ -10,8 +10,9 @@ from lightning.pytorch.overrides.distributed import UnrepeatedDistributedSampler
 from torch import Tensor
 from torch.utils.data import DataLoader, default_collate
 
-from nat_models.data.datamodule import check_img_size, check_positive_int
+from nat_models.data.datamodule import check_img_size, check_positive_int, split_augmentation
 from nat_models.data.datasets import read_undecodable
+from nat_models.data.device_transforms import DeviceTransform
 from nat_models.data.seeding import SeededSamples, TrainingSampler
 from nat_models.data.video.annotations import Annotations, LabelledVideo, read_annotations
 from nat_models.data.video.dataset import EvaluationViews, TrainingClips, VideoOpener
@@ -22,9 +23,10 @@ from nat_models.data.video.transforms import evaluation_transform, training_tran
 
 
 class VideoDataModule(lightning.LightningDataModule):
-    """Training batches `(clips [B, 3, T, H, W] float32, labels [B])`, evaluation batches `(views, labels, indices)`.
+    """Training batches `(clips [B, 3, T, H, W], labels [B])`, evaluation batches `(views, labels, indices)`.
 
-    Views are `[B, clips * crops, 3, T, H, W]`; indices are those of the videos in the validation list.
+    Views are `[B, clips * crops, 3, T, H, W]`; indices are those of the videos in the validation list. Clips leave the
+    loaders as uint8 and become float32 on the device: see `on_after_batch_transfer`.
 
     Args:
         name: of the dataset; `moving_digits` is generated into `root`, others are read from the lists.
@@ -45,7 +47,7 @@ class VideoDataModule(lightning.LightningDataModule):
         batch_size: clips per device and step.
         eval_batch_size: videos per device in evaluation; None means `batch_size`.
         num_workers: worker processes per device; 0 loads in the main process.
-        augmentation: arguments of `training_transform`.
+        augmentation: arguments of `training_transform`; those that begin with `re_` are arguments of `RandomErasing`.
         repeats: clips of each video in a batch (repeated augmentation); divides `batch_size`.
         seed: of the order and the augmentation of the training videos.
         undecodable_list: file that collects the paths of damaged training videos.
@@ -116,7 +118,8 @@ class VideoDataModule(lightning.LightningDataModule):
         self.batch_size = batch_size
         self.eval_batch_size = eval_batch_size or batch_size
         self.num_workers = num_workers
-        self.augmentation = augmentation or {}
+        self.augmentation, erasing = split_augmentation(augmentation)
+        self.device_transform = DeviceTransform(self.mean, self.std, 3, erasing)
         self.repeats = repeats
         self.seed = seed
         self.undecodable_list = Path(undecodable_list) if undecodable_list else None
@@ -147,7 +150,7 @@ class VideoDataModule(lightning.LightningDataModule):
                 train.videos,
                 self.opener,
                 self.sampling,
-                training_transform(self.img_size, self.mean, self.std, self.interpolation, **self.augmentation),
+                training_transform(self.img_size, self.interpolation, **self.augmentation),
                 self.repeats,
                 self.undecodable_list,
                 self.damaged_limit,
@@ -182,6 +185,10 @@ class VideoDataModule(lightning.LightningDataModule):
     def test_dataloader(self) -> DataLoader:
         """The validation list: the datasets here have no other labelled one."""
         return self.val_dataloader()
+
+    def on_after_batch_transfer(self, batch: Any, dataloader_idx: int) -> Any:
+        """Normalises the clips, and in training erases rectangles of them, on the device."""
+        return self.device_transform(batch, self.trainer)
 
     def without_motion(self) -> "VideoDataModule":
         """Makes the validation clips repeat their middle frame; returns itself."""
@@ -245,7 +252,7 @@ class VideoDataModule(lightning.LightningDataModule):
 
     def _evaluation(self, videos: list[LabelledVideo], sampling: Sampling, views: tuple[int, int]) -> EvaluationViews:
         clips, crops = views
-        transform = evaluation_transform(self.img_size, self.mean, self.std, self.interpolation, self.crop_pct, crops)
+        transform = evaluation_transform(self.img_size, self.interpolation, self.crop_pct, crops)
         return EvaluationViews(videos, self.opener, sampling, transform, clips)
 
     def _workers(self) -> dict[str, Any]:

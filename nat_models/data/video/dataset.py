@@ -45,7 +45,7 @@ class VideoOpener:
 
 
 class TrainingClips(Dataset):
-    """One augmented clip of each video, `(clip [3, T, H, W] float32, label)`; or several, see `repeats`.
+    """One augmented clip of each video, `(clip [3, T, H, W] uint8, label)`; or several, see `repeats`.
 
     A video that cannot be read is replaced by a random one of its class. Its path is appended to `damaged_list`, which
     all worker processes share, and beyond the limit the run stops.
@@ -133,7 +133,7 @@ class TrainingClips(Dataset):
 
 
 class EvaluationViews(Dataset):
-    """All views of each video, `(views [clips * crops, 3, T, H, W] float32, label, index)`. Nothing is ever replaced.
+    """All views of each video, `(views [clips * crops, 3, T, H, W] uint8, label, index)`. Nothing is ever replaced.
 
     Args:
         videos: what to read.

@@ -14,32 +14,27 @@ Transform = Callable[[Tensor], Tensor]
 
 def training_transform(
     size: tuple[int, int],
-    mean: Sequence[float],
-    std: Sequence[float],
     interpolation: str = "bilinear",
     scale: Sequence[float] = (0.08, 1.0),
     ratio: Sequence[float] = (3 / 4, 4 / 3),
     hflip: float = 0.5,
     color_jitter: float | None = None,
     rand_augment: dict[str, Any] | None = None,
-    re_prob: float = 0.0,
     no_aug: bool = False,
 ) -> Transform:
-    """Clip `[T, 3, H, W]` uint8 -> augmented and normalised `[3, T, height, width]` float32.
+    """Clip `[T, 3, H, W]` uint8 -> augmented `[3, T, height, width]` uint8.
 
     Args:
         size: height and width of the result.
-        mean, std: normalisation per channel, for pixels in 0..1.
         interpolation: of the resize.
         scale, ratio: area (as a share) and aspect ratio of the random crop, `torchvision`'s RandomResizedCrop.
         hflip: probability of a horizontal flip; 0 where classes tell left from right.
         color_jitter: strength of brightness, contrast and saturation changes; None for none.
         rand_augment: arguments of `v2.RandAugment` (`num_ops`, `magnitude`); None for none.
-        re_prob: probability that a rectangle is erased.
         no_aug: take the centre as evaluation does, and nothing else of the above.
     """
     if no_aug:
-        center = evaluation_transform(size, mean, std, interpolation)
+        center = evaluation_transform(size, interpolation)
         return lambda clip: center(clip)[0]
     steps: list[Any] = [v2.RandomResizedCrop(size, scale, ratio, v2.InterpolationMode(interpolation), antialias=True)]
     steps.append(v2.RandomHorizontalFlip(hflip))
@@ -47,9 +42,6 @@ def training_transform(
         steps.append(v2.RandAugment(**rand_augment))
     if color_jitter:
         steps.append(v2.ColorJitter(color_jitter, color_jitter, color_jitter))
-    steps += [v2.ToDtype(torch.float32, scale=True), v2.Normalize(mean, std)]
-    if re_prob:
-        steps.append(v2.RandomErasing(re_prob))
     augment = v2.Compose(steps)
 
     def transform(clip: Tensor) -> Tensor:
@@ -60,17 +52,15 @@ def training_transform(
 
 def evaluation_transform(
     size: tuple[int, int],
-    mean: Sequence[float],
-    std: Sequence[float],
     interpolation: str = "bilinear",
     crop_pct: float = 1.0,
     crops: int = 1,
 ) -> Transform:
-    """Clip `[T, 3, H, W]` uint8 -> normalised crops `[crops, 3, T, height, width]` float32.
+    """Clip `[T, 3, H, W]` uint8 -> crops `[crops, 3, T, height, width]` uint8.
 
     Args:
         size: height and width of the crops.
-        mean, std, interpolation: as in training.
+        interpolation: as in training.
         crop_pct: the shorter side is resized to `1 / crop_pct` times what the crop needs.
         crops: 1 (the centre), or more at equal distances from one end of the longer side to the other.
     """
@@ -79,8 +69,7 @@ def evaluation_transform(
     def transform(clip: Tensor) -> Tensor:
         factor = max(height / clip.shape[-2], width / clip.shape[-1]) / crop_pct
         resized = [max(round(side * factor), least) for side, least in zip(clip.shape[-2:], size, strict=True)]
-        clip = F.resize(clip, resized, v2.InterpolationMode(interpolation), antialias=True)
-        clip = F.normalize(F.to_dtype(clip, torch.float32, scale=True), list(mean), list(std)).transpose(0, 1)
+        clip = F.resize(clip, resized, v2.InterpolationMode(interpolation), antialias=True).transpose(0, 1)
         spare_height, spare_width = resized[0] - height, resized[1] - width
         views = []
         for index in range(crops):
