@@ -1,10 +1,11 @@
 """What is done to whole batches on the device: normalisation, random erasing, mixup and CutMix.
 
 Worker processes hand out uint8, a quarter of the bytes of float32. On NVIDIA GPUs the steps here are compiled. Their
-random parameters come from `batch_generator`, not from a global generator, so a run that is resumed at a batch draws for
-it what the uninterrupted run drew.
+random parameters come from `batch_generator`, not from a global generator: a run that is resumed at a batch draws for it
+what the uninterrupted run drew.
 """
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cache, wraps
@@ -19,7 +20,7 @@ from torch import Tensor
 from nat_models.data.seeding import run_seed
 
 ERASED_AREA = (0.02, 1 / 3)  # of the image; these two are timm's and torchvision's defaults
-ERASED_ASPECT = (0.3, 1 / 0.3)
+ERASED_LOG_ASPECT = (math.log(0.3), -math.log(0.3))
 ATTEMPTS = 10  # at a rectangle that fits
 
 
@@ -70,7 +71,7 @@ class RandomErasing:
         shape = (batch_size, self.count, ATTEMPTS)
         counts = generator.integers(1, self.count + 1, (batch_size, 1, 1))
         area = generator.uniform(*ERASED_AREA, shape) * height * width / counts
-        aspect = np.exp(generator.uniform(*np.log(ERASED_ASPECT), shape))
+        aspect = np.exp(generator.uniform(*ERASED_LOG_ASPECT, shape))
         heights = np.rint(np.sqrt(area * aspect)).astype(np.int64)
         widths = np.rint(np.sqrt(area / aspect)).astype(np.int64)
         fits = (heights < height) & (widths < width)
@@ -162,7 +163,8 @@ class Mixup:
 
     def __call__(self, images: Tensor, labels: Tensor, generator: np.random.Generator) -> tuple[Tensor, Tensor]:
         """Images `[B, C, *, H, W]`, labels `[B]` -> mixed images, targets `[B, num_classes]`; a clip's frames alike."""
-        shares, boxes = self.draw(len(images), *images.shape[-2:], generator)
+        height, width = images.shape[-2:]
+        shares, boxes = self.draw(len(images), height, width, generator)
         on_device = (tensor.to(images.device, non_blocking=True) for tensor in (shares, boxes))
         return _mix(images, labels, *on_device, self.num_classes, self.label_smoothing)
 
