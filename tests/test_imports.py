@@ -14,6 +14,7 @@ LAYERS = {
     "fused_na": ["fused_na"],
     "nat_models.data": ["nat_models.data"],
     "nat_models.scan": ["nat_models.data"],
+    "nat_models.shards": ["nat_models.data"],
     "nat_models._timm": [],
     "nat_models.layers": ["fused_na", "nat_models._timm"],
     "nat_models.engine": ["nat_models"],

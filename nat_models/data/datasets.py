@@ -12,11 +12,13 @@ from typing import Any
 
 import numpy as np
 from PIL import Image
-from timm.data import create_dataset, get_img_extensions
+from timm.data import ImageDataset, create_dataset, get_img_extensions
 from timm.utils import natural_key
 from torch import Tensor
 from torch.utils.data import Dataset
 from torchvision.datasets import FakeData  # type: ignore[import-untyped]
+
+from nat_models.data.shards import ShardReader
 
 log = logging.getLogger(__name__)
 
@@ -146,8 +148,8 @@ def create_source(
     """One split of a dataset.
 
     Args:
-        name: `folder` (`root/split/class/*.jpg`), `digits`, `fake`, or a name of `timm.data.create_dataset`:
-            `torch/cifar10`, `hfds/user/name`, `wds/...`, ...
+        name: `folder` (`root/split/class/*.jpg`), `shards` (written by `nat_models.shards`), `digits`, `fake`, or a name
+            of `timm.data.create_dataset`: `torch/cifar10`, `hfds/user/name`, `wds/...`, ...
         root: folder of the dataset; `digits` and `fake` need none.
         split: for `folder` the sub-folder, for timm's names what timm makes of it.
         classes: for `folder`: class names in label order, so that all splits agree; None or empty takes the folders.
@@ -167,9 +169,14 @@ def create_source(
     if name == "folder":
         folder, class_map = _scan_class_folders(root, split, classes)
         return create_dataset("", root=str(folder), search_split=False, class_map=class_map)
+    if name == "shards":
+        reader = ShardReader(root, split)
+        if classes and classes != (found := list(reader.class_to_idx)):
+            raise ValueError(f"the shards of {split!r} have the classes {found[:3]}..., not {classes[:3]}...")
+        return ImageDataset(root, reader=reader)
     if prefix not in TIMM_PREFIXES or prefix == name:
         prefixes = ", ".join(f"{p}/..." for p in TIMM_PREFIXES)
-        raise ValueError(f"data.name={name!r} is unknown; allowed are folder, digits, fake, {prefixes}")
+        raise ValueError(f"data.name={name!r} is unknown; allowed are folder, shards, digits, fake, {prefixes}")
     try:
         return create_dataset(name, root=root, split=split, **timm_kwargs)
     except (AssertionError, RuntimeError, ImportError, OSError, TypeError) as error:

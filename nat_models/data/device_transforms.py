@@ -1,7 +1,7 @@
 """What is done to whole batches on the device: normalisation, random erasing, mixup and CutMix.
 
 Worker processes hand out uint8, a quarter of the bytes of float32. On NVIDIA GPUs the steps here are compiled. Their
-random parameters come from `batch_generator`, not from a global generator: a run that is resumed at a batch draws for it
+random parameters come from `batch_generator`, not a global generator: a run that is resumed at a batch draws for it
 what the uninterrupted run drew.
 """
 
