@@ -1,4 +1,4 @@
-"""`python -m nat_models.shards`: the same images and labels as the folder, resumable, checksummed, readable by others."""
+"""`python -m nat_models.shards`: the images and labels of the folder, resumable, checksummed, readable by others."""
 
 import json
 import subprocess

@@ -148,8 +148,8 @@ def create_source(
     """One split of a dataset.
 
     Args:
-        name: `folder` (`root/split/class/*.jpg`), `shards` (written by `nat_models.shards`), `digits`, `fake`, or a name
-            of `timm.data.create_dataset`: `torch/cifar10`, `hfds/user/name`, `wds/...`, ...
+        name: `folder` (`root/split/class/*.jpg`), `shards` (written by `nat_models.shards`), `digits`, `fake`, or a
+            name of `timm.data.create_dataset`: `torch/cifar10`, `hfds/user/name`, `wds/...`, ...
         root: folder of the dataset; `digits` and `fake` need none.
         split: for `folder` the sub-folder, for timm's names what timm makes of it.
         classes: for `folder`: class names in label order, so that all splits agree; None or empty takes the folders.
