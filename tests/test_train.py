@@ -36,7 +36,7 @@ def test_training_prints_what_matters(digits_run):
     assert "Effective batch" in output and "Learning rate" in output and "1437 training, 360 validation" in output
     for epoch in range(1, EPOCHS + 1):
         (line,) = [line for line in output.splitlines() if line.startswith(f"epoch {epoch}/{EPOCHS} ")]
-        assert all(word in line for word in ("loss", "top-1", "images/s", "loading", "ETA"))
+        assert all(word in line for word in ("loss", "top-1", "images/s", "data wait", "ETA"))
     table = output[output.index("Best checkpoint (epoch") :]
     assert "Top-1 accuracy" in table and "Training time" in table and str(run_dir) in table
 

@@ -1,4 +1,4 @@
-"""Progress of training: loss, accuracy, images per second and time left."""
+"""Progress of training: loss, accuracy, speed and time left."""
 
 import time
 from datetime import timedelta
@@ -10,6 +10,8 @@ from lightning.pytorch.callbacks.progress.rich_progress import BatchesProcessedC
 from rich import get_console
 from rich.progress import TextColumn
 
+from nat_models.engine.step_times import GIB, StepTimes
+
 
 class TrainingProgress(RichProgressBar):
     """Lightning's rich progress bar with what one wants to know; one line an epoch where output is not a terminal."""
@@ -17,31 +19,13 @@ class TrainingProgress(RichProgressBar):
     def __init__(self) -> None:
         self.is_terminal = get_console().is_terminal
         super().__init__(refresh_rate=10 if self.is_terminal else 0)
-        self._fit_start = self._epoch_start = self._step_end = self._loading = 0.0
-        self._first_step = self._epoch_images = 0
+        self._fit_start = 0.0
+        self._first_step = 0
 
     def on_train_start(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule) -> None:
         self._fit_start = time.monotonic()
         self._first_step = trainer.global_step
         super().on_train_start(trainer, pl_module)
-
-    def on_train_epoch_start(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule) -> None:
-        self._epoch_start, self._epoch_images = time.monotonic(), 0
-        self._step_end, self._loading = self._epoch_start, 0.0
-        super().on_train_epoch_start(trainer, pl_module)
-
-    def on_train_batch_start(
-        self, trainer: lightning.Trainer, pl_module: lightning.LightningModule, batch: Any, batch_idx: int
-    ) -> None:
-        self._loading += time.monotonic() - self._step_end
-        super().on_train_batch_start(trainer, pl_module, batch, batch_idx)
-
-    def on_train_batch_end(
-        self, trainer: lightning.Trainer, pl_module: lightning.LightningModule, outputs: Any, batch: Any, batch_idx: int
-    ) -> None:
-        self._epoch_images += len(batch[0]) * trainer.world_size
-        self._step_end = time.monotonic()
-        super().on_train_batch_end(trainer, pl_module, outputs, batch, batch_idx)
 
     def on_train_epoch_end(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule) -> None:
         super().on_train_epoch_end(trainer, pl_module)
@@ -65,10 +49,10 @@ class TrainingProgress(RichProgressBar):
         logged = trainer.callback_metrics
         names = {"loss": "train/loss", "top-1": "train/top1", "val": "val/top1"}
         metrics: dict[str, Any] = {short: logged[name].item() for short, name in names.items() if name in logged}
-        images_per_second = self._epoch_images / (time.monotonic() - self._epoch_start)
-        # The share of the steps' time that went into waiting for the loader.
-        loading = f"{100 * self._loading / max(self._step_end - self._epoch_start, 1e-9):.0f} %"
-        return metrics | {"images/s": f"{images_per_second:.0f}", "loading": loading, "ETA": self._time_left(trainer)}
+        for callback in trainer.callbacks:  # type: ignore[attr-defined]
+            if isinstance(callback, StepTimes):
+                metrics |= _speed(callback)
+        return metrics | {"ETA": self._time_left(trainer)}
 
     def _get_train_description(self, current_epoch: int) -> str:
         return f"Epoch {current_epoch + 1}/{self.trainer.max_epochs}"
@@ -84,6 +68,16 @@ class TrainingProgress(RichProgressBar):
         steps_left = trainer.estimated_stepping_batches - trainer.global_step
         seconds = (time.monotonic() - self._fit_start) / steps_done * steps_left
         return str(timedelta(seconds=round(seconds)))
+
+
+def _speed(times: StepTimes) -> dict[str, str]:
+    epoch = times.read()
+    speed = {"images/s": f"{epoch.images_per_second:.0f}"}
+    if epoch.steps:
+        step, wait = (1000 * seconds / epoch.steps for seconds in (epoch.step_seconds, epoch.wait_seconds))
+        speed |= {"step": f"{step:.0f} ms", "data wait": f"{wait:.0f} ms = {100 * epoch.wait_share:.0f} %"}
+    peak = times.gpu_peak()
+    return speed if peak is None else speed | {"GPU": f"{peak / GIB:.1f} GiB"}
 
 
 def _text(value: Any) -> str:
