@@ -1,16 +1,33 @@
 """The Triton kernels as PyTorch operators: `fused_na::forward` and `fused_na::backward`, with fakes and autograd.
 
-As operators they are opaque to torch.compile, export and the flop counter, which see one node with known shapes.
+As operators they are opaque to torch.compile, export and the flop counter, which see one node with known shapes. They
+are defined through `torch.library.Library`: `torch.library.custom_op` would add its own checks to every call, which
+take longer on the host than the launches.
 """
 
 from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 from torch.utils.flop_counter import register_flop_formula
 
 from fused_na.window import Axis, group_members, window
+
+_INPUTS = "Tensor query, Tensor key, Tensor value, Tensor? rpb, Tensor? additional_keys, Tensor? additional_values"
+_RULE = "int[] kernel_size, int[] stride, int[] dilation, bool[] is_causal, float scale"
+
+_library = torch.library.Library("fused_na", "DEF")
+_library.define(f"forward({_INPUTS}, {_RULE}) -> (Tensor, Tensor)", tags=torch.Tag.pt2_compliant_tag)
+_library.define(
+    f"backward(Tensor grad_output, Tensor? grad_lse, {_INPUTS}, Tensor output, Tensor lse, {_RULE}, bool needs_rpb)"
+    " -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
+    tags=torch.Tag.pt2_compliant_tag,
+)
+forward = torch.ops.fused_na.forward.default
+backward = torch.ops.fused_na.backward.default
 
 
 def _axes(
@@ -19,8 +36,14 @@ def _axes(
     return tuple(map(Axis, query.shape[1:-2], kernel_size, stride, dilation, is_causal))
 
 
-@torch.library.custom_op("fused_na::forward", mutates_args=(), device_types=("cuda", "cpu"))
-def forward(
+def _on_device(x: Tensor) -> AbstractContextManager:
+    """Launches go to the current device, which need not be the tensors'."""
+    return torch.cuda.device(x.device) if x.is_cuda else nullcontext()
+
+
+@torch.library.impl(_library, "forward", "CUDA")
+@torch.library.impl(_library, "forward", "CPU")  # for Triton's interpreter
+def _(
     query: Tensor,
     key: Tensor,
     value: Tensor,
@@ -37,17 +60,19 @@ def forward(
     from fused_na.triton import launch
 
     axes = _axes(query, kernel_size, stride, dilation, is_causal)
-    return launch.forward(query, key, value, axes, scale, rpb, additional_keys, additional_values)
+    with _on_device(query):
+        return launch.forward(query, key, value, axes, scale, rpb, additional_keys, additional_values)
 
 
-@forward.register_fake
+@torch.library.register_fake(forward, lib=_library)
 def _(query, key, value, rpb, additional_keys, additional_values, kernel_size, stride, dilation, is_causal, scale):
     output = query.new_empty((*query.shape[:-1], value.shape[-1]))
     return output, query.new_empty(query.shape[:-1], dtype=torch.float32)
 
 
-@torch.library.custom_op("fused_na::backward", mutates_args=(), device_types=("cuda", "cpu"))
-def backward(
+@torch.library.impl(_library, "backward", "CUDA")
+@torch.library.impl(_library, "backward", "CPU")
+def _(
     grad_output: Tensor,
     grad_lse: Tensor | None,
     query: Tensor,
@@ -64,22 +89,21 @@ def backward(
     is_causal: Sequence[bool],
     scale: float,
     needs_rpb: bool,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+) -> tuple[Tensor, ...]:
     """Gradients of query, key, value, rpb and additional keys and values; of the last three, those that are
     not wanted are empty."""
     from fused_na.triton import launch
 
     axes = _axes(query, kernel_size, stride, dilation, is_causal)
-    gradients = launch.backward(
-        grad_output, grad_lse, query, key, value, axes, scale, rpb, additional_keys, additional_values, output, lse,
-        needs_rpb,
-    )  # fmt: skip
-    q, k, v, *optional = (query.new_empty(0) if gradient is None else gradient for gradient in gradients)
-    bias, keys, values = optional
-    return q, k, v, bias, keys, values
+    with _on_device(query):
+        gradients = launch.backward(
+            grad_output, grad_lse, query, key, value, axes, scale, rpb, additional_keys, additional_values, output,
+            lse, needs_rpb,
+        )  # fmt: skip
+    return tuple(query.new_empty(0) if gradient is None else gradient for gradient in gradients)
 
 
-@backward.register_fake
+@torch.library.register_fake(backward, lib=_library)
 def _(
     grad_output, grad_lse, query, key, value, rpb, additional_keys, additional_values, output, lse,
     kernel_size, stride, dilation, is_causal, scale, needs_rpb,
@@ -91,22 +115,38 @@ def _(
     return tuple(map(contiguous, (query, key, value, rpb, additional_keys, additional_values)))
 
 
-def _setup_context(ctx: Any, inputs: tuple, output: tuple[Tensor, Tensor]) -> None:
-    *tensors, kernel_size, stride, dilation, is_causal, scale = inputs
-    ctx.set_materialize_grads(False)
-    ctx.save_for_backward(*tensors, *output)
-    ctx.parameters = kernel_size, stride, dilation, is_causal, scale
+class _Attention(torch.autograd.Function):
+    """Makes `forward` differentiable, once."""
+
+    @staticmethod
+    def forward(ctx: Any, *inputs: Any) -> tuple[Tensor, Tensor]:  # type: ignore[override]
+        result = _without_autograd(*inputs)
+        ctx.set_materialize_grads(False)
+        ctx.save_for_backward(*inputs[:6], *result)
+        ctx.rule = inputs[6:]
+        return result
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad_output: Tensor | None, grad_lse: Tensor | None) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+        *tensors, output, lse = ctx.saved_tensors
+        needed = ctx.needs_input_grad
+        if grad_output is None:
+            grad_output = torch.zeros_like(output)
+        gradients = backward(grad_output, grad_lse, *tensors, output, lse, *ctx.rule, needed[3])
+        return *(g if need else None for g, need in zip(gradients, needed, strict=False)), *(None,) * 5
 
 
-def _autograd(ctx: Any, grad_output: Tensor | None, grad_lse: Tensor | None) -> tuple[Tensor | None, ...]:
-    *tensors, output, lse = ctx.saved_tensors
-    if grad_output is None:
-        grad_output = torch.zeros_like(output)
-    gradients = backward(grad_output, grad_lse, *tensors, output, lse, *ctx.parameters, ctx.needs_input_grad[3])
-    return *(g if needed else None for g, needed in zip(gradients, ctx.needs_input_grad, strict=False)), *(None,) * 5
+def _without_autograd(*inputs: Any) -> tuple[Tensor, Tensor]:
+    with torch._C._AutoDispatchBelowAutograd():
+        return forward(*inputs)
 
 
-forward.register_autograd(_autograd, setup_context=_setup_context)
+@torch.library.impl(_library, "forward", "Autograd")
+def _(*inputs: Any) -> tuple[Tensor, Tensor]:
+    if torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in inputs[:6]):
+        return _Attention.apply(*inputs)
+    return _without_autograd(*inputs)
 
 
 def _score_count(query_shape: Sequence[int], additional: Sequence[int] | None, *rule: Sequence) -> int:
