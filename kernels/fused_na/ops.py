@@ -119,7 +119,7 @@ class _Attention(torch.autograd.Function):
     """Makes `forward` differentiable, once."""
 
     @staticmethod
-    def forward(ctx: Any, *inputs: Any) -> tuple[Tensor, Tensor]:  # type: ignore[override]
+    def forward(ctx: Any, *inputs: Any) -> tuple[Tensor, Tensor]:
         result = _without_autograd(*inputs)
         ctx.set_materialize_grads(False)
         ctx.save_for_backward(*inputs[:6], *result)
@@ -128,7 +128,7 @@ class _Attention(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, grad_output: Tensor | None, grad_lse: Tensor | None) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+    def backward(ctx: Any, grad_output: Tensor | None, grad_lse: Tensor | None) -> tuple[Tensor | None, ...]:
         *tensors, output, lse = ctx.saved_tensors
         needed = ctx.needs_input_grad
         if grad_output is None:
