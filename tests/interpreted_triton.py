@@ -203,6 +203,14 @@ def test_every_way_to_run(
     assert bool(described) == (bulk and all(axis.dilation == 1 for axis in axes))
 
 
+def test_a_problem_is_planned_once() -> None:
+    """Whatever the tensors' values; other strides are another problem."""
+    query, key, value = torch.randn(3, 1, 6, 6, 1, 8)
+    for tensors in ((query, key, value), (query + 1, key, value), (query.transpose(1, 2), key, value)):
+        na2d(*tensors, 3, backend="triton")
+    assert (launch.plan.cache_info().hits, launch.plan.cache_info().misses) == (1, 2)
+
+
 @pytest.mark.parametrize("path", golden.GOLDEN, ids=lambda path: path.stem)
 def test_golden_values(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """With one tile for every dilation group: the interpreter is slow in programs, not in what one program does."""

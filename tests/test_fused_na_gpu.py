@@ -2,7 +2,11 @@
 ways to run them. Independent tests, for `pytest -m gpu -n 12`: most of the time goes into compiling kernels.
 """
 
+import json
+import os
 import random
+import subprocess
+import sys
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
@@ -462,6 +466,57 @@ def test_operators_pass_opcheck(has_rpb: bool) -> None:
     output, lse = ops.forward(*tensors, *options)
     incoming = torch.randn_like(output), torch.randn_like(lse)
     torch.library.opcheck(ops.backward, (*incoming, *tensors, output, lse, *options, has_rpb))
+
+
+@pytest.mark.parametrize("has_rpb", [False, True], ids=["", "rpb"])
+def test_a_plan_serves_tensors_of_any_alignment(has_rpb: bool) -> None:
+    """The same shapes and strides at addresses that do and do not allow wide loads, in turn."""
+    problem = Problem((20, 20), (7, 7), (1, 1), (1, 1), (False, False), head_dim=32, head_dim_v=32, has_rpb=has_rpb)
+    inputs = problem.inputs(torch.bfloat16, DEVICE)
+    expected = attend_with_gradients(problem, inputs, "triton")
+    for shift in (0, 1, 8, 4, 0):
+        moved = {
+            name: torch.empty(x.numel() + shift, dtype=x.dtype, device=DEVICE)[shift:].view(x.shape).copy_(x)
+            for name, x in inputs.items()
+        }
+        actual = attend_with_gradients(problem, moved, "triton")
+        for name, x in expected.items():
+            torch.testing.assert_close(actual[name], x, rtol=1e-2, atol=1e-2, msg=f"{name} at {shift}")
+
+
+def test_tensors_on_another_device_than_the_current_one() -> None:
+    if torch.cuda.device_count() < 2:
+        pytest.skip("needs two GPUs")
+    problem = Problem((9, 9), (3, 3), (1, 1), (1, 1), (False, False), head_dim=32, head_dim_v=32, has_rpb=True)
+    results = []
+    for device in ("cuda:0", "cuda:1"):
+        inputs = {name: x.to(device) for name, x in problem.inputs(torch.bfloat16, "cpu").items()}
+        results.append(attend_with_gradients(problem, inputs, "triton"))
+    for name, x in results[0].items():
+        assert torch.equal(x.cpu(), results[1][name].cpu()), name
+
+
+def test_autotuning_measures_once(tmp_path: Path) -> None:
+    """`FUSED_NA_AUTOTUNE=1` in a process of its own: right results, and a cache that the next process only reads."""
+    code = """
+import torch
+from fused_na import na2d
+torch.manual_seed(0)
+query, key, value = torch.randn(3, 2, 20, 20, 2, 32, device="cuda", dtype=torch.bfloat16, requires_grad=True)
+rpb = torch.zeros(2, 9, 9, device="cuda", requires_grad=True)
+output = na2d(query, key, value, 5, rpb=rpb)
+output.sum().backward()
+expected = na2d(query.float(), key.float(), value.float(), 5, backend="reference")
+assert torch.linalg.vector_norm(output.float() - expected) < 1e-2 * torch.linalg.vector_norm(expected)
+"""
+    environment = os.environ | {"FUSED_NA_AUTOTUNE": "1", "FUSED_NA_CACHE": str(tmp_path)}
+    written = []
+    for _ in range(2):
+        subprocess.run([sys.executable, "-c", code], env=environment, check=True)
+        (cache,) = tmp_path.iterdir()
+        written.append((cache.stat().st_mtime_ns, sorted(key.split("'")[1] for key in json.loads(cache.read_text()))))
+    assert written[0] == written[1]
+    assert written[0][1] == ["bias", "forward", "key_value", "query"]
 
 
 def test_illegal_calls_fail_before_a_kernel_is_launched() -> None:

@@ -74,9 +74,13 @@ class Problem(NamedTuple):
     grad_lse: Layout | None = None
 
 
-def _problem(device: torch.device, axes: tuple[Axis, ...], scale: float, *tensors: Tensor | None) -> Problem:
+def problem_of(axes: tuple[Axis, ...], scale: float, tensors: Tensors) -> Problem:
+    """The problem of tensors that are named as its layouts are."""
+    query = tensors["query"]
+    assert query is not None
     allow_tf32 = torch.backends.cuda.matmul.allow_tf32
-    return Problem(device, axes, scale, allow_tf32, autotune.is_enabled(), *map(_layout, tensors))  # type: ignore[arg-type]
+    layouts: dict[str, Any] = {name: _layout(x) for name, x in tensors.items()}
+    return Problem(query.device, axes, scale, allow_tf32, autotune.is_enabled(), **layouts)
 
 
 class Launch:
@@ -378,8 +382,8 @@ def _rows_contiguous(x: Tensor) -> Tensor:
     return x if x.stride(-1) == 1 else x.contiguous()
 
 
-def _for_kernels(rpb: Tensor | None, scale: float) -> Tensor | None:
-    """The kernels add the bias to scores that are not yet scaled."""
+def unscaled(rpb: Tensor | None, scale: float) -> Tensor | None:
+    """A bias as the kernels take it: they add it to scores that are yet to be scaled."""
     return None if rpb is None else (rpb.float() / scale).contiguous()
 
 
@@ -401,15 +405,15 @@ def forward(
     lse = query.new_empty(query.shape[:-1], dtype=torch.float32)
     if output.numel() == 0:
         return output, lse
-    tensors = {
+    tensors: Tensors = {
         "query": query,
         "key": key,
         "value": value,
-        "rpb": _for_kernels(rpb, scale),
+        "rpb": unscaled(rpb, scale),
         "additional_keys": additional_keys,
         "additional_values": additional_values,
     }
-    problem = _problem(query.device, axes, scale, *tensors.values())
+    problem = problem_of(axes, scale, tensors)
     plan("forward", problem).run(tensors | {"output": output, "lse": lse})
     return output, lse
 
@@ -443,17 +447,17 @@ def backward(
         optional = [None if x is None else torch.zeros_like(x) for x in (grad_rpb, additional_keys, additional_values)]
         return grad_query, grad_key, grad_value, optional[0], optional[1], optional[2]
 
-    tensors = {
+    tensors: Tensors = {
         "query": query,
         "key": key,
         "value": value,
-        "rpb": _for_kernels(rpb, scale),
+        "rpb": unscaled(rpb, scale),
         "additional_keys": additional_keys,
         "additional_values": additional_values,
         "grad_output": grad_output,
         "grad_lse": grad_lse,
     }
-    problem = _problem(query.device, axes, scale, *tensors.values())
+    problem = problem_of(axes, scale, tensors)
     tensors |= {
         "output": output,
         "lse": lse,

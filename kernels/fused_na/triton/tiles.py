@@ -58,6 +58,7 @@ CANDIDATES = {
     ("key_value", "small"): [Candidate(32, 32, 1, 2, False, 75)],
     ("key_value", "small volume"): [Candidate(32, 32, 1, 3, False, 98)],
     ("bias", "small"): [Candidate(32, 32, 1, 3, False, 60)],
+    ("bias", "small volume"): [Candidate(32, 32, 1, 2, False, 60)],
     # The same where a dilation group is small enough to be one or few tiles.
     ("forward", "small dilated"): [Candidate(64, 32, 1, 2, False, 70), Candidate(32, 32, 1, 2, False, 60)],
     ("query", "small dilated"): [Candidate(64, 32, 1, 2, False, 54), Candidate(32, 32, 1, 2, False, 45)],
@@ -65,10 +66,10 @@ CANDIDATES = {
     # The same with a relative positional bias, whose loads and addresses take registers.
     ("forward", "small with bias"): [Candidate(16, 64, 1, 2, True, 86), Candidate(16, 32, 1, 3, True, 74)],
     ("query", "small with bias"): [Candidate(16, 32, 1, 3, True, 63)],
-    ("key_value", "small with bias"): [Candidate(16, 32, 1, 2, False, 45)],
+    ("key_value", "small with bias"): [Candidate(32, 32, 1, 2, False, 52)],
     ("forward", "small volume with bias"): [Candidate(16, 64, 1, 2, True, 96)],
     ("query", "small volume with bias"): [Candidate(16, 32, 1, 2, True, 60)],
-    ("key_value", "small volume with bias"): [Candidate(16, 32, 1, 2, False, 48)],
+    ("key_value", "small volume with bias"): [Candidate(32, 32, 1, 2, False, 58)],
     ("key_value", "small dilated with bias"): [Candidate(32, 32, 1, 2, False, 37)],
     # Everything else in 16 bits: warpgroup products, bound by the pipeline of softmax and products. The slowest
     # candidates are for GPUs with less shared memory, and for biases.
