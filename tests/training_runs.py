@@ -47,8 +47,10 @@ def train(cfg: DictConfig) -> float:
         sys.path.remove(str(REPOSITORY))
 
 
-def run(folder: Path, script: str, *arguments: str, launcher: Sequence[str] = ()) -> subprocess.CompletedProcess:
+def run(
+    folder: Path, script: str, *arguments: str, launcher: Sequence[str] = (), timeout: float = 300
+) -> subprocess.CompletedProcess:
     """Runs `python SCRIPT ARGUMENTS` in `folder`, as a user does."""
     command = [*(launcher or [sys.executable]), str(REPOSITORY / script), *arguments]
     environment = os.environ | {"OMP_NUM_THREADS": "1"}
-    return subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True, timeout=300)
+    return subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True, timeout=timeout)

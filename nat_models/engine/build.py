@@ -1,6 +1,7 @@
 """From a composed config to the data module, the trainer and the module; errors of the user surface here."""
 
 import logging
+import os
 import warnings
 from typing import Any
 
@@ -8,11 +9,13 @@ import lightning
 import timm
 import torch
 from hydra.utils import instantiate
+from lightning.pytorch.callbacks import WeightAveraging
 from omegaconf import DictConfig, OmegaConf
 from timm.data import resolve_data_config
 
 from nat_models.data import DataModule
 from nat_models.engine.classification import ClassificationModule
+from nat_models.engine.sharding import FullyShardedStrategy
 from nat_models.names import check_model_name
 
 IMAGE_SETTINGS = ("img_size", "in_chans", "mean", "std", "interpolation", "crop_pct")
@@ -55,10 +58,14 @@ def build_evaluation_datamodule(cfg: DictConfig, hparams: dict[str, Any]) -> Dat
 
 def build_trainer(cfg: DictConfig) -> lightning.Trainer:
     """The trainer of `cfg.trainer` with the callbacks and loggers of the config; a `null` entry drops one of them."""
+    settings = instantiate(cfg.trainer, _convert_="all")
     callbacks = instantiate(cfg.callbacks, _convert_="all")
+    if isinstance(settings["strategy"], FullyShardedStrategy):
+        if any(isinstance(callback, WeightAveraging) for callback in callbacks.values()):
+            raise ValueError("callbacks=ema does not work with trainer=fsdp: averaged weights cannot be sharded")
     loggers = instantiate(cfg.logger, _convert_="all")
     return lightning.Trainer(
-        **plain(cfg.trainer),
+        **settings,
         callbacks=[callback for callback in callbacks.values() if callback is not None],
         logger=[logger for logger in loggers.values() if logger is not None],
     )
@@ -103,17 +110,32 @@ def plain(cfg: Any) -> dict[str, Any]:
 
 
 def prepare_process(cfg: DictConfig) -> None:
-    """Seeds every generator (workers' too) with `cfg.seed` and sets the number of threads."""
+    """Seeds every generator (workers' too) with `cfg.seed` and sets the number of threads.
+
+    With `cfg.deterministic`, compiled code does without choices by measurement; Lightning's trainer sees to the rest.
+    """
     quiet_lightning()
+    if cfg.get("deterministic", False):
+        from torch._inductor import config as inductor
+
+        check_deterministic()
+        inductor.deterministic = True
     lightning.seed_everything(cfg.seed, workers=True, verbose=False)
     if cfg.num_threads is not None:
         torch.set_num_threads(cfg.num_threads)
+
+
+def check_deterministic() -> None:
+    """Raises ValueError where the environment asks for attention kernels chosen by measurement."""
+    if os.environ.get("FUSED_NA_AUTOTUNE") == "1":
+        raise ValueError("deterministic=true needs FUSED_NA_AUTOTUNE=0: measured tiles differ from run to run")
 
 
 def quiet_lightning() -> None:
     """Drops Lightning's hints; `train.py` prints what they say, or the config decides it."""
     logging.getLogger("lightning.pytorch").setLevel(logging.WARNING)
     warnings.filterwarnings("ignore", message=".*treespec, LeafSpec.* is deprecated")
+    warnings.filterwarnings("ignore", message="You're using the WeightAveraging callback with a model that overrides")
     warnings.filterwarnings("ignore", message="The dirpath has changed from")
     warnings.filterwarnings("ignore", message=".*does not have many workers.*")
     warnings.filterwarnings("ignore", message=".*is smaller than the logging interval.*")

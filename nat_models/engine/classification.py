@@ -8,12 +8,14 @@ import torch
 from timm.optim import create_optimizer_v2
 from timm.scheduler import create_scheduler_v2
 from torch import Tensor
+from torch.distributed.fsdp import FSDPModule
 from torch.nn import functional as F
 from torchmetrics import MeanMetric, Metric, MetricCollection
 from torchmetrics.classification import MulticlassAccuracy
 
 from nat_models.data.device_transforms import Mixup, batch_generator
 from nat_models.engine.errors import NonFiniteLossError
+from nat_models.engine.sharding import shard
 from nat_models.names import check_model_name
 
 
@@ -83,6 +85,11 @@ class ClassificationModule(lightning.LightningModule):
     def setup(self, stage: str) -> None:
         if self.hparams["compile"]:
             self.model.compile()
+
+    def configure_model(self) -> None:
+        """Shards the model over the devices where the strategy has given it some to share (`FullyShardedStrategy`)."""
+        if self.device_mesh is not None and not isinstance(self.model, FSDPModule):
+            shard(self.model, self.device_mesh["data_parallel"])
 
     def forward(self, images: Tensor) -> Tensor:
         """Images `[B, C, *spatial]` -> logits `[B, num_classes]`."""

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import lightning
+from hydra.utils import instantiate
 
 from nat_models.data import DataModule, UndecodableImageError
 from nat_models.engine.callbacks import PredictionRecorder
@@ -15,7 +16,7 @@ from nat_models.engine.classification import ClassificationModule
 from nat_models.engine.plots import plot_confusion, plot_mistakes, plot_per_class
 from nat_models.engine.progress import TrainingProgress
 
-EVALUATION_TRAINER_KEYS = ("accelerator", "devices", "num_nodes", "strategy", "precision")
+EVALUATION_TRAINER_KEYS = ("accelerator", "devices", "num_nodes", "strategy", "precision", "deterministic")
 
 
 @dataclass
@@ -52,7 +53,7 @@ def evaluate(checkpoint: str | Path, datamodule: DataModule, trainer_config: dic
     epoch = read_checkpoint(checkpoint)["epoch"] + 1
     predictions = PredictionRecorder()
     trainer = lightning.Trainer(
-        **{key: trainer_config[key] for key in EVALUATION_TRAINER_KEYS if key in trainer_config},
+        **instantiate({key: trainer_config[key] for key in EVALUATION_TRAINER_KEYS if key in trainer_config}),
         callbacks=[predictions, TrainingProgress()],
         logger=False,
         enable_checkpointing=False,

@@ -1,0 +1,93 @@
+"""Several processes on one machine (gloo): the run of one process, one folder, and an end when one of them dies."""
+
+import csv
+import json
+import sys
+from datetime import timedelta
+from pathlib import Path
+
+import pytest
+import torch
+from lightning.pytorch.strategies import DDPStrategy
+from training_runs import compose_train, run, train, write_image_folder
+
+from nat_models.engine.build import build_trainer
+from nat_models.engine.sharding import FullyShardedStrategy
+
+TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2"]
+# A tiny model without random layers; the augmentation is a function of the sample, not of the process.
+TINY = ["model.model_kwargs.depths=[1,1]", "model.model_kwargs.embed_dim=16", "model.model_kwargs.num_heads=[1,2]"]
+TINY += ["model.model_kwargs.drop_path_rate=0", "trainer.max_epochs=2", "optim.schedule.warmup_epochs=1"]
+TINY += ["data.eval_batch_size=90"]
+
+
+def losses(run_dir: Path) -> dict[str, list[float]]:
+    """The losses of training and validation after each epoch."""
+    with open(run_dir / "csv" / "metrics.csv", newline="") as file:
+        rows = list(csv.DictReader(file))
+    return {name: [float(row[name]) for row in rows if row[name]] for name in ("train/loss_epoch", "val/loss")}
+
+
+def weights(run_dir: Path) -> dict[str, torch.Tensor]:
+    return torch.load(run_dir / "checkpoints" / "last.ckpt", weights_only=True)["state_dict"]
+
+
+@pytest.fixture(scope="module")
+def one_process(tmp_path_factory) -> Path:
+    """A run with 64 images a step."""
+    run_dir = tmp_path_factory.mktemp("one") / "run"
+    train(compose_train(run_dir, *TINY, "data.batch_size=64"))
+    return run_dir
+
+
+def assert_same_training(run_dir: Path, expected: Path) -> None:
+    """Sums are taken in another order, nothing else: losses agree to 1e-4, weights to 1e-3 of their size."""
+    for name, values in losses(expected).items():
+        assert len(values) == 2 and losses(run_dir)[name] == pytest.approx(values, rel=1e-4), name
+    trained = weights(run_dir)
+    for name, value in weights(expected).items():
+        assert (trained[name] - value).norm() <= 1e-3 * value.norm() + 1e-6, name
+
+
+@pytest.mark.parametrize("trainer", ["ddp", "fsdp"])
+def test_two_processes_train_as_one_with_the_same_effective_batch(one_process, tmp_path, trainer):
+    settings = [*TINY, f"trainer={trainer}", "trainer.devices=2", "data.batch_size=32"]
+    process = run(tmp_path, "train.py", *settings, launcher=TORCHRUN)
+    assert process.returncode == 0, process.stderr
+    assert "64 = 32 per device x 2 devices x 1 accumulated" in process.stdout
+    (run_dir,) = (tmp_path / "runs" / "digits").iterdir()
+    assert_same_training(run_dir, one_process)
+    results = json.loads((run_dir / "results.json").read_text())
+    assert results["images"] == 360
+    assert json.loads((run_dir / "manifest.json").read_text())["world_size"] == 2
+    expected = json.loads((one_process / "results.json").read_text())
+    assert results["metrics"]["val/top1"] == pytest.approx(expected["metrics"]["val/top1"], abs=1 / 360)
+
+
+def test_accumulation_trains_as_the_larger_batch(one_process, tmp_path):
+    settings = ["data.batch_size=32", "trainer.accumulate_grad_batches=2", "trainer.limit_train_batches=44"]
+    train(compose_train(tmp_path, *TINY, *settings))
+    assert_same_training(tmp_path, one_process)
+
+
+def test_a_process_that_dies_ends_the_run_with_its_error(tmp_path):
+    root = write_image_folder(tmp_path / "images", val_per_class=4)
+    (root / "val" / "class_1" / "1.jpg").write_bytes(b"no image")  # the second image: the second process's first one
+    settings = ["experiment=none", "data=imagenet", f"data.root={root}", "data.img_size=32", "data.batch_size=4"]
+    settings += ["model.model_name=test_resnet", "trainer=ddp", "trainer.accelerator=cpu", "trainer.devices=2"]
+    settings += ["trainer.max_epochs=1", "optim.schedule.warmup_epochs=0", "optim.schedule.cooldown_epochs=0"]
+    process = run(tmp_path, "train.py", *settings, "data.num_workers=0", launcher=TORCHRUN, timeout=100)
+    assert process.returncode != 0
+    assert f"error: cannot decode {root}/val/class_1/1.jpg" in process.stderr
+
+
+def test_strategies_are_built_with_their_timeout(tmp_path):
+    for choice, strategy in (("ddp", DDPStrategy), ("fsdp", FullyShardedStrategy)):
+        trainer = build_trainer(compose_train(tmp_path, f"trainer={choice}", "trainer.devices=2"))
+        assert type(trainer.strategy) is strategy and trainer.strategy._timeout == timedelta(minutes=10)
+        assert trainer.world_size == 2
+
+
+def test_averaged_weights_are_refused_where_they_cannot_be_sharded(tmp_path):
+    with pytest.raises(ValueError, match="callbacks=ema does not work with trainer=fsdp"):
+        build_trainer(compose_train(tmp_path, "trainer=fsdp", "callbacks=ema"))
