@@ -8,10 +8,13 @@ from pathlib import Path
 
 import pytest
 import torch
+from hydra import compose, initialize_config_dir
 from lightning.pytorch.strategies import DDPStrategy
-from training_runs import compose_train, run, train, write_image_folder
+from omegaconf import OmegaConf
+from training_runs import REPOSITORY, compose_train, run, train, write_image_folder
 
 from nat_models.engine.build import build_trainer
+from nat_models.engine.run_folder import launch_time
 from nat_models.engine.sharding import FullyShardedStrategy
 
 TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2"]
@@ -91,3 +94,27 @@ def test_strategies_are_built_with_their_timeout(tmp_path):
 def test_averaged_weights_are_refused_where_they_cannot_be_sharded(tmp_path):
     with pytest.raises(ValueError, match="callbacks=ema does not work with trainer=fsdp"):
         build_trainer(compose_train(tmp_path, "trainer=fsdp", "callbacks=ema"))
+
+
+def test_processes_of_a_slurm_job_agree_on_the_run_folder(monkeypatch):
+    assert launch_time.__wrapped__().startswith("20")
+    for name, value in {"JOB_ID": "12", "STEP_ID": "0", "STEP_NUM_TASKS": "8", "PROCID": "3"}.items():
+        monkeypatch.setenv(f"SLURM_{name}", value)
+    assert launch_time.__wrapped__() == "slurm-12-0"
+    monkeypatch.setenv("SLURM_RESTART_COUNT", "2")
+    assert launch_time.__wrapped__() == "slurm-12-0-2"
+    monkeypatch.setenv("SLURM_STEP_NUM_TASKS", "1")  # of an interactive job, whose runs share the step
+    assert launch_time.__wrapped__().startswith("20")
+    monkeypatch.setenv("SUBMITIT_EXECUTOR", "slurm")
+    monkeypatch.setenv("SLURM_ARRAY_JOB_ID", "10")
+    assert launch_time.__wrapped__() == "slurm-10-0-2"
+
+
+def test_slurm_launcher_asks_for_one_task_a_gpu():
+    pytest.importorskip("hydra_plugins.hydra_submitit_launcher")
+    with initialize_config_dir(str(REPOSITORY / "configs"), version_base="1.3"):
+        overrides = ["hydra/launcher=slurm", "trainer.devices=4", "hydra.launcher.partition=gpu"]
+        cfg = compose("train", overrides, return_hydra_config=True)
+    launcher = OmegaConf.to_container(cfg.hydra.launcher, resolve=True)
+    assert launcher["_target_"].endswith("SlurmLauncher") and launcher["partition"] == "gpu"
+    assert launcher["tasks_per_node"] == launcher["gpus_per_node"] == 4

@@ -35,13 +35,19 @@ def launch_time() -> str:
     """When this run was started, `2026-01-31_23-59-59-123`, the same in all its processes.
 
     Processes started by torchrun agree through the store that torchrun keeps for them; those started by Lightning get
-    the run folder of the first process on their command line.
+    the run folder of the first process on their command line. Those started by SLURM know each other by nothing but
+    the job and its step, which then take the time's place: `slurm-1234-0`.
     """
     time = datetime.now().strftime("%Y-%m-%d_%H-%M-%S-%f")[:-3]
-    if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True":
-        return time
-    store = TCPStore(os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"]), is_master=False)
-    return store.compare_set("nat_models/launch_time", "", time).decode()
+    if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True":
+        store = TCPStore(os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"]), is_master=False)
+        return store.compare_set("nat_models/launch_time", "", time).decode()
+    if int(os.environ.get("SLURM_STEP_NUM_TASKS", 1)) > 1 or os.environ.get("SUBMITIT_EXECUTOR") == "slurm":
+        # All jobs of a sweep are in one array. A job that was requeued has been restarted.
+        job = os.environ.get("SLURM_ARRAY_JOB_ID", os.environ["SLURM_JOB_ID"])
+        restarts = os.environ.get("SLURM_RESTART_COUNT", "0")
+        return f"slurm-{job}-{os.environ['SLURM_STEP_ID']}" + (f"-{restarts}" if restarts != "0" else "")
+    return time
 
 
 # Hydra resolves the run folder's name before it calls `train.py`'s function, so importing this module must suffice.
