@@ -13,28 +13,33 @@ from omegaconf import DictConfig
 
 from nat_models.data import VideoDataModule
 from nat_models.engine.build import build_datamodule, build_module, build_trainer, plain, prepare_process
-from nat_models.engine.checkpoint import best_checkpoint, check_resumable
+from nat_models.engine.checkpoint import best_checkpoint
 from nat_models.engine.errors import RUN_ERRORS, SETUP_ERRORS, exit_on
 from nat_models.engine.evaluation import evaluate, save_evaluation
 from nat_models.engine.plots import plot_curves
 from nat_models.engine.report import metric_rows, print_setup, print_table
+from nat_models.engine.resume import choose_run, config_digest, continue_run
 from nat_models.engine.run_folder import record_run
 
 
 @hydra.main(version_base="1.3", config_path="configs", config_name="train")
 def main(cfg: DictConfig) -> float:
     """Trains, evaluates the best checkpoint, writes the report; returns its validation top-1 in 0..1."""
-    run_dir = Path(cfg.run_dir)
-    with exit_on(SETUP_ERRORS, run_dir):
+    with exit_on(SETUP_ERRORS, Path(cfg.run_dir)):
         prepare_process(cfg)
+        digest = config_digest(cfg)
+        going_on = choose_run(cfg)
         datamodule = build_datamodule(cfg)
         trainer = build_trainer(cfg)
         module = build_module(cfg, datamodule, trainer)
-        if cfg.ckpt_path is not None:
-            check_resumable(cfg.ckpt_path, module, trainer)
+        continue_run(cfg, datamodule, trainer, module)
+        run_dir = Path(cfg.run_dir)
+        if trainer.is_global_zero:
+            record_run(cfg, digest, run_dir, trainer.world_size, trainer.strategy.root_device)
     if trainer.is_global_zero:
-        record_run(cfg, run_dir, trainer.world_size, trainer.strategy.root_device)
         print_setup(cfg, datamodule, trainer, module, run_dir)
+        if going_on is not None:
+            print(going_on, flush=True)
 
     start = time.monotonic()
     with exit_on(RUN_ERRORS):

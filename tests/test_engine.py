@@ -20,10 +20,11 @@ from nat_models.data import ImageDataModule
 from nat_models.data.device_transforms import batch_generator
 from nat_models.engine.build import quiet_lightning
 from nat_models.engine.callbacks import Mistake, PredictionRecorder
-from nat_models.engine.checkpoint import check_resumable, find_checkpoint, read_checkpoint
+from nat_models.engine.checkpoint import check_resumable, check_unfinished, find_checkpoint, read_checkpoint
 from nat_models.engine.classification import ClassificationModule
-from nat_models.engine.errors import NonFiniteLossError
+from nat_models.engine.errors import NonFiniteStepsError
 from nat_models.engine.evaluation import evaluate
+from nat_models.engine.non_finite import SkipNonFiniteSteps
 from nat_models.engine.plots import plot_batch, plot_confusion, plot_curves, plot_mistakes, plot_per_class
 from nat_models.engine.run_folder import manifest
 
@@ -202,12 +203,12 @@ def test_top5_needs_more_than_five_classes():
     assert "top5" in ClassificationModule("test_vit", 6, model_kwargs={"img_size": 32}).val_metrics
 
 
-def test_non_finite_loss_stops_training():
+def test_non_finite_loss_stops_training(tmp_path):
     module = tiny_module()
     with torch.no_grad():
         module.model.head.bias[0] = math.nan
-    with pytest.raises(NonFiniteLossError, match="loss is nan in epoch 0, batch 0"):
-        tiny_trainer(3).fit(module, digits())
+    with pytest.raises(NonFiniteStepsError, match="not finite in 3 steps in a row"):
+        tiny_trainer(3, [SkipNonFiniteSteps(str(tmp_path / "skipped.csv"), max_consecutive=2)]).fit(module, digits())
 
 
 def test_unknown_model_names_the_nearest():
@@ -232,7 +233,7 @@ def test_resumed_training_equals_uninterrupted_training(tmp_path, ema):
     first.fit(tiny_module(), digits())
     resumed, trainer = tiny_module(), tiny_trainer(4, callbacks("parts"))
     last = tmp_path / "parts" / "last.ckpt"
-    check_resumable(last, resumed, trainer)
+    check_resumable(last, resumed)
     trainer.fit(resumed, digits(), ckpt_path=last, weights_only=True)
     assert trainer.global_step == 4 * STEPS_PER_EPOCH
     for name, value in whole.state_dict().items():
@@ -315,11 +316,12 @@ def test_checkpoint_must_fit_the_run(tmp_path):
     tiny_trainer(3, [checkpoint_to(tmp_path)]).fit(tiny_module(), digits())
     last = tmp_path / "last.ckpt"
     with pytest.raises(ValueError, match=r"trained for 3 epochs already; trainer.max_epochs=3 must be larger"):
-        check_resumable(last, tiny_module(), tiny_trainer(3))
+        check_unfinished(last, tiny_trainer(3))
     other = ClassificationModule("test_vit", 11, in_chans=1, model_kwargs={"img_size": 32})
     with pytest.raises(ValueError, match="num_classes=10, but this run's is 11"):
-        check_resumable(last, other, tiny_trainer(4))
-    check_resumable(last, tiny_module(), tiny_trainer(4))
+        check_resumable(last, other)
+    check_resumable(last, tiny_module())
+    check_unfinished(last, tiny_trainer(4))
 
 
 def test_finding_checkpoints(tmp_path):

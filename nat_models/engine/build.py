@@ -14,6 +14,7 @@ from omegaconf import DictConfig, OmegaConf
 from timm.data import resolve_data_config
 
 from nat_models.data import DataModule
+from nat_models.engine.checkpoint_io import VerifiedCheckpointIO
 from nat_models.engine.classification import ClassificationModule
 from nat_models.engine.sharding import FullyShardedStrategy
 from nat_models.names import check_model_name
@@ -68,6 +69,7 @@ def build_trainer(cfg: DictConfig) -> lightning.Trainer:
         **settings,
         callbacks=[callback for callback in callbacks.values() if callback is not None],
         logger=[logger for logger in loggers.values() if logger is not None],
+        plugins=[VerifiedCheckpointIO()],
     )
 
 
@@ -137,5 +139,8 @@ def quiet_lightning() -> None:
     warnings.filterwarnings("ignore", message=".*treespec, LeafSpec.* is deprecated")
     warnings.filterwarnings("ignore", message="You're using the WeightAveraging callback with a model that overrides")
     warnings.filterwarnings("ignore", message="The dirpath has changed from")
+    warnings.filterwarnings("ignore", message=".*could not find the monitored key")
+    warnings.filterwarnings("ignore", message="Checkpoint directory .* exists and is not empty")
+    warnings.filterwarnings("ignore", message="You're resuming from a checkpoint that ended before the epoch ended")
     warnings.filterwarnings("ignore", message=".*does not have many workers.*")
     warnings.filterwarnings("ignore", message=".*is smaller than the logging interval.*")

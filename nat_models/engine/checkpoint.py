@@ -8,8 +8,11 @@ import lightning
 import torch
 from lightning.pytorch.callbacks import ModelCheckpoint
 
+from nat_models.checksums import check_checksum
 from nat_models.engine.classification import ClassificationModule
 from nat_models.engine.errors import message_of
+from nat_models.engine.last_checkpoint import LastCheckpoint
+from nat_models.engine.position import Position
 
 ARCHITECTURE = ("model_name", "model_kwargs", "num_classes", "in_chans")
 
@@ -19,12 +22,13 @@ def read_checkpoint(path: str | Path) -> dict[str, Any]:
 
     Raises:
         FileNotFoundError: no such file.
-        ValueError: the file cannot be read, or something else wrote it.
+        ValueError: the file cannot be read, is damaged, or something else wrote it.
     """
     if not Path(path).is_file():
         raise FileNotFoundError(f"there is no checkpoint {str(path)!r}")
     if not is_zipfile(path):
         raise ValueError(f"{str(path)!r} is not a checkpoint of train.py, or it is damaged")
+    check_checksum(path)
     try:
         checkpoint = torch.load(path, map_location="cpu", mmap=True, weights_only=True)
     except Exception as error:  # torch.load has no error type of its own
@@ -37,8 +41,8 @@ def read_checkpoint(path: str | Path) -> dict[str, Any]:
     return checkpoint
 
 
-def check_resumable(path: str | Path, module: ClassificationModule, trainer: lightning.Trainer) -> None:
-    """Raises ValueError unless training can go on from this checkpoint with this model and number of epochs."""
+def check_resumable(path: str | Path, module: ClassificationModule) -> None:
+    """Raises ValueError unless training can go on from this checkpoint with this model."""
     checkpoint = read_checkpoint(path)
     saved = checkpoint["hyper_parameters"]
     for key in ARCHITECTURE:
@@ -49,7 +53,11 @@ def check_resumable(path: str | Path, module: ClassificationModule, trainer: lig
             )
     if "optimizer_states" not in checkpoint:
         raise ValueError(f"ckpt_path={str(path)!r} holds no optimiser state, so training cannot go on from it")
-    epochs_done = checkpoint["loops"]["fit_loop"]["epoch_progress"]["current"]["processed"]
+
+
+def check_unfinished(path: str | Path, trainer: lightning.Trainer) -> None:
+    """Raises ValueError if a checkpoint was trained for as many epochs as the trainer would."""
+    epochs_done = Position.of(read_checkpoint(path)).epoch
     if trainer.max_epochs is not None and trainer.max_epochs >= 0 and epochs_done >= trainer.max_epochs:
         raise ValueError(
             f"ckpt_path={str(path)!r} was trained for {epochs_done} epochs already; "
@@ -59,9 +67,10 @@ def check_resumable(path: str | Path, module: ClassificationModule, trainer: lig
 
 def best_checkpoint(trainer: lightning.Trainer) -> Path:
     """The best checkpoint that `fit` wrote, or the last where none was measured."""
-    callbacks = [callback for callback in trainer.checkpoint_callbacks if isinstance(callback, ModelCheckpoint)]
-    paths = [callback.best_model_path for callback in sorted(callbacks, key=lambda callback: callback.monitor is None)]
-    return next(Path(path) for path in paths if path)
+    callbacks: list[Any] = trainer.callbacks  # type: ignore[attr-defined]
+    best = [callback.best_model_path for callback in callbacks if isinstance(callback, ModelCheckpoint)]
+    last = [callback.path.resolve() for callback in callbacks if isinstance(callback, LastCheckpoint)]
+    return next(Path(path) for path in best + last if path)
 
 
 def find_checkpoint(run: str | None, ckpt_path: str | None) -> tuple[Path, Path]:

@@ -14,9 +14,12 @@ from torchmetrics import MeanMetric, Metric, MetricCollection
 from torchmetrics.classification import MulticlassAccuracy
 
 from nat_models.data.device_transforms import Mixup, batch_generator
-from nat_models.engine.errors import NonFiniteLossError
+from nat_models.data.seeding import BATCH, run_seed, seed_generators
+from nat_models.engine.position import Position
 from nat_models.engine.sharding import shard
 from nat_models.names import check_model_name
+
+TRAIN_METRICS = ("train_loss", "train_top1")
 
 
 class ClassificationModule(lightning.LightningModule):
@@ -100,6 +103,10 @@ class ClassificationModule(lightning.LightningModule):
         if hasattr(dataset, "set_epoch"):  # streamed datasets shuffle by epoch
             dataset.set_epoch(self.current_epoch)
 
+    def on_train_batch_start(self, batch: Any, batch_idx: int) -> None:
+        # What is random in the model depends on the batch alone, so that nothing needs to be restored on resuming.
+        seed_generators(BATCH, run_seed(), self.current_epoch, batch_idx, self.global_rank)
+
     def training_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> Tensor:
         images, labels = batch
         if self.mixup is None:
@@ -110,14 +117,14 @@ class ClassificationModule(lightning.LightningModule):
             logits = self(mixed)
             loss = F.cross_entropy(logits, soft_labels)
             labels = soft_labels.argmax(dim=1)  # the accuracy counts the class with the larger share
-        if not torch.isfinite(loss):
-            raise NonFiniteLossError(f"the loss is {loss.item()} in epoch {self.current_epoch}, batch {batch_idx}")
-        self.train_loss(loss.detach(), weight=len(images))
+        finite = loss.detach().isfinite()
+        self.train_loss(loss.detach().where(finite, 0.0), weight=finite * len(images))
         self.train_top1(logits, labels)
         self.log("train/loss", self.train_loss, on_step=True, on_epoch=True, batch_size=len(images))
         self.log("train/top1", self.train_top1, on_step=True, on_epoch=True, batch_size=len(images))
         self.log("train/lr", max(group["lr"] for group in self.trainer.optimizers[0].param_groups))
-        return loss
+        # A loss that is not finite makes all gradients so, on all ranks: SkipNonFiniteSteps then skips the step.
+        return loss * torch.where(finite, 1.0, torch.nan)
 
     def validation_step(self, batch: tuple[Tensor, ...], batch_idx: int) -> Tensor:
         return self._evaluation_step(batch, self.val_loss, self.val_metrics, "val/loss")
@@ -161,7 +168,22 @@ class ClassificationModule(lightning.LightningModule):
     def lr_scheduler_step(self, scheduler: Any, metric: Any) -> None:
         scheduler.step_update(self.global_step)
 
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        reduce = self.trainer.strategy.reduce
+        checkpoint["train_metrics"] = {
+            name: {
+                key: reduce(state.clone(), reduce_op="sum") for key, state in getattr(self, name).metric_state.items()
+            }
+            for name in TRAIN_METRICS
+        }
+
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        # The sums of all ranks go on in the first one; those of a finished epoch are of no more use.
+        if "train_metrics" in checkpoint and Position.of(checkpoint).batch and self.global_rank == 0:
+            for name, states in checkpoint["train_metrics"].items():
+                metric = getattr(self, name)
+                for key, state in states.items():
+                    setattr(metric, key, state.to(metric.device))
         # The learning rate is a function of the step and this run's settings alone, so a longer run can be resumed.
         checkpoint["lr_schedulers"] = []
 

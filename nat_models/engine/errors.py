@@ -12,31 +12,44 @@ from omegaconf.errors import OmegaConfBaseException
 
 from nat_models.data import UndecodableImageError, VideoError
 
+PREEMPTED_STATUS = 75  # EX_TEMPFAIL of sysexits.h: the same command, later, may go on
 
-class NonFiniteLossError(RuntimeError):
-    """The training loss became NaN or infinite."""
+
+class NonFiniteStepsError(RuntimeError):
+    """The loss or the gradient was not finite too often."""
+
+
+class CheckpointWriteError(RuntimeError):
+    """A checkpoint cannot be written; the message names it and what is left."""
+
+
+class Preempted(Exception):
+    """A signal asked the run to stop, and it has saved its state."""
 
 
 SETUP_ERRORS: tuple[type[Exception], ...] = (
     ValueError,
-    FileNotFoundError,
-    NotADirectoryError,
+    OSError,
     MisconfigurationException,
     InstantiationException,
     OmegaConfBaseException,
 )
 DATA_ERRORS: tuple[type[Exception], ...] = (UndecodableImageError, VideoError)
-RUN_ERRORS: tuple[type[Exception], ...] = (*DATA_ERRORS, NonFiniteLossError)
+RUN_ERRORS: tuple[type[Exception], ...] = (*DATA_ERRORS, NonFiniteStepsError, CheckpointWriteError, OSError)
 
 
 @contextmanager
 def exit_on(error_types: tuple[type[Exception], ...], run_dir: Path | None = None) -> Iterator[None]:
     """Turns errors of these types into `error: ...` on stderr and exit status 2, and removes `run_dir` if it is empty.
 
+    A run that was preempted ends with status 75, whatever the types.
+
     `HYDRA_FULL_ERROR=1` in the environment keeps the traceback, as it does for Hydra's own errors.
     """
     try:
         yield
+    except Preempted:
+        raise SystemExit(PREEMPTED_STATUS) from None
     except error_types as error:
         if os.environ.get("HYDRA_FULL_ERROR", "0") != "0":
             raise
@@ -52,7 +65,7 @@ def message_of(error: BaseException) -> str:
     if isinstance(error, InstantiationException) and error.__cause__ is not None:
         return message_of(error.__cause__)
     lines = [line for line in str(error).splitlines() if line.strip()] or [type(error).__name__]
-    if isinstance(error, DATA_ERRORS):
+    if isinstance(error, (*DATA_ERRORS, OSError)):
         # An error from a loader's worker process carries that process's traceback; its last line is the message.
         return lines[-1].removeprefix(f"{type(error).__module__}.{type(error).__qualname__}: ")
     return lines[0]

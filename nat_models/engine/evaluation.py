@@ -14,6 +14,7 @@ from nat_models.engine.callbacks import PredictionRecorder
 from nat_models.engine.checkpoint import read_checkpoint
 from nat_models.engine.classification import ClassificationModule
 from nat_models.engine.plots import plot_confusion, plot_mistakes, plot_per_class
+from nat_models.engine.position import Position
 from nat_models.engine.progress import TrainingProgress
 
 EVALUATION_TRAINER_KEYS = ("accelerator", "devices", "num_nodes", "strategy", "precision", "deterministic")
@@ -50,7 +51,7 @@ def evaluate(checkpoint: str | Path, datamodule: DataModule, trainer_config: dic
         UndecodableImageError: a validation image cannot be decoded, or a streamed dataset left some out.
     """
     module, class_names = load_classifier(checkpoint)
-    epoch = read_checkpoint(checkpoint)["epoch"] + 1
+    epoch = Position.of(read_checkpoint(checkpoint)).epoch
     predictions = PredictionRecorder()
     trainer = lightning.Trainer(
         **instantiate({key: trainer_config[key] for key in EVALUATION_TRAINER_KEYS if key in trainer_config}),

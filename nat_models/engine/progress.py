@@ -5,11 +5,12 @@ from datetime import timedelta
 from typing import Any
 
 import lightning
-from lightning.pytorch.callbacks import ModelCheckpoint, RichProgressBar
+from lightning.pytorch.callbacks import RichProgressBar
 from lightning.pytorch.callbacks.progress.rich_progress import BatchesProcessedColumn, CustomBarColumn
 from rich import get_console
 from rich.progress import TextColumn
 
+from nat_models.engine.last_checkpoint import LastCheckpoint
 from nat_models.engine.step_times import GIB, StepTimes
 
 
@@ -39,11 +40,10 @@ class TrainingProgress(RichProgressBar):
     ) -> None:
         super().on_exception(trainer, pl_module, exception)
         if isinstance(exception, KeyboardInterrupt) and trainer.is_global_zero:
-            callbacks = [
-                c for c in trainer.checkpoint_callbacks if isinstance(c, ModelCheckpoint) and c.monitor is None
-            ]
-            saved = [callback.best_model_path for callback in callbacks]
-            print(f"interrupted; go on with ckpt_path={saved[0]}" if any(saved) else "interrupted", flush=True)
+            callbacks: list[Any] = trainer.callbacks  # type: ignore[attr-defined]
+            paths = [callback.path for callback in callbacks if isinstance(callback, LastCheckpoint)]
+            saved = [f"; go on with ckpt_path=auto run_dir={path.parent.parent}" for path in paths if path.exists()]
+            print("".join(["interrupted", *saved]), flush=True)
 
     def get_metrics(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule) -> dict[str, Any]:
         logged = trainer.callback_metrics

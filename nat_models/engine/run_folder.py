@@ -15,6 +15,8 @@ import torch
 from omegaconf import DictConfig, OmegaConf
 from torch.distributed import TCPStore
 
+from nat_models.engine.files import replace_file
+
 PACKAGES = (
     "nat-models",
     "torch",
@@ -54,11 +56,24 @@ def launch_time() -> str:
 OmegaConf.register_new_resolver("launch_time", launch_time, replace=True)
 
 
-def record_run(config: DictConfig, run_dir: Path, world_size: int, device: torch.device) -> None:
-    """Writes `config.yaml` (resolved) and `manifest.json` (versions, commit, command line, ...) into the run folder."""
+def record_run(config: DictConfig, digest: str, run_dir: Path, world_size: int, device: torch.device) -> None:
+    """Writes `config.yaml` (resolved) and `manifest.json` (versions, commit, command line, ...) into the run folder.
+
+    A run that goes on keeps its manifest, which lists the manifests of resuming under `resumed`.
+
+    Args:
+        config: of the run.
+        digest: of the config as it was composed, by which `ckpt_path=auto` finds the run.
+        run_dir: created if missing.
+        world_size, device: of the trainer.
+    """
     run_dir.mkdir(parents=True, exist_ok=True)
-    OmegaConf.save(config, run_dir / "config.yaml", resolve=True)
-    (run_dir / "manifest.json").write_text(json.dumps(manifest(config.seed, world_size, device), indent=2) + "\n")
+    replace_file(run_dir / "config.yaml", OmegaConf.to_yaml(config, resolve=True).encode())
+    path, record = run_dir / "manifest.json", manifest(config.seed, world_size, device)
+    if path.exists():
+        first = json.loads(path.read_text())
+        record = first | {"resumed": [*first.get("resumed", []), record]}
+    replace_file(path, (json.dumps(record | {"config_digest": digest}, indent=2) + "\n").encode())
 
 
 def read_data_config(run_dir: Path) -> dict[str, Any]:

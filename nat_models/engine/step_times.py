@@ -68,6 +68,9 @@ class StepTimes(Callback):
         self._pending: deque[tuple[Any, Any, int]] = deque()  # from, to, images of a step or 0 of a wait
         self._last: Any = None
 
+    def on_train_start(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule) -> None:
+        self.on_train_epoch_start(trainer, pl_module)  # Lightning does not, where a run goes on within an epoch
+
     def on_train_epoch_start(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule) -> None:
         self._on_gpu = pl_module.device.type == "cuda"
         if self._on_gpu:

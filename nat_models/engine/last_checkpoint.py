@@ -1,0 +1,162 @@
+"""Checkpoints from which a run goes on exactly, in the middle of an epoch too, and before it is preempted."""
+
+import signal
+import time
+from pathlib import Path
+from types import FrameType
+from typing import Any
+
+import lightning
+from lightning.pytorch.callbacks import Callback
+from lightning.pytorch.loggers import TensorBoardLogger
+
+from nat_models.engine.checkpoint_io import LAST
+from nat_models.engine.errors import Preempted
+from nat_models.engine.files import remove_temporaries
+from nat_models.engine.position import Position
+
+SIGNALS = (signal.SIGTERM, signal.SIGUSR1)
+
+
+class LastCheckpoint(Callback):
+    """Saves `last.ckpt` after every epoch, within epochs every so many steps or minutes, and on SIGTERM and SIGUSR1.
+
+    Lightning restarts exactly from the state that its loops have at the end of a step or of an epoch, but logs the
+    step's or the epoch's metrics only afterwards. So this state is taken down there, and the checkpoint written as soon
+    as the metrics are on disk: when the next step or epoch begins.
+
+    After a signal, the checkpoint is saved at the end of the step, or of the validation pass, and the run ends with
+    `Preempted`. Lightning's own handlers of these signals, SLURM's among them, are out of use while training.
+
+    Stands before callbacks that change the weights when training ends, `EMAWeightAveraging` among them.
+
+    Args:
+        dirpath: folder of the checkpoint.
+        every_n_train_steps: optimiser steps from one checkpoint to the next within an epoch; None: only by time.
+        every_n_minutes: minutes at most from one checkpoint to the next within an epoch; None: only by steps.
+
+    Raises:
+        ValueError: one of them is not positive.
+    """
+
+    def __init__(
+        self, dirpath: str, every_n_train_steps: int | None = None, every_n_minutes: float | None = 15.0
+    ) -> None:
+        for name, value in (("every_n_train_steps", every_n_train_steps), ("every_n_minutes", every_n_minutes)):
+            if value is not None and not value > 0:
+                raise ValueError(f"callbacks.last.{name} must be positive or null, got {value!r}")
+        self.path = Path(dirpath) / LAST
+        self.every_n_train_steps = every_n_train_steps
+        self.every_n_minutes = every_n_minutes
+        self._signal: signal.Signals | None = None
+        self._handlers: dict[signal.Signals, Any] = {}
+        self._saved_at = 0.0
+        self._begins_epoch = False  # whether the checkpoint that the run goes on from was saved at the end of an epoch
+        self._to_save: dict[str, Any] | None = None  # what replaces entries of Lightning's checkpoint
+
+    def setup(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule, stage: str) -> None:
+        if trainer.is_global_zero:
+            remove_temporaries(self.path.parent)
+
+    def on_train_start(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule) -> None:
+        if self._begins_epoch:
+            trainer.fit_loop.epoch_loop.restarting = False
+        self._saved_at = time.monotonic()
+        self._handlers = {number: signal.signal(number, self._on_signal) for number in SIGNALS}
+
+    def on_train_batch_end(
+        self, trainer: lightning.Trainer, pl_module: lightning.LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        if (batch_idx + 1) % trainer.accumulate_grad_batches == 0 and self._agreed(trainer, self._is_due(trainer)):
+            self._take_down(trainer)
+
+    def on_train_batch_start(
+        self, trainer: lightning.Trainer, pl_module: lightning.LightningModule, batch: Any, batch_idx: int
+    ) -> None:
+        self._save(trainer)
+
+    def on_train_epoch_end(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule) -> None:
+        self._take_down(trainer)
+
+    def on_train_epoch_start(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule) -> None:
+        self._save(trainer)
+
+    def on_train_end(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule) -> None:
+        self._save(trainer)
+        self._restore_handlers()
+
+    def on_exception(
+        self, trainer: lightning.Trainer, pl_module: lightning.LightningModule, exception: BaseException
+    ) -> None:
+        self._restore_handlers()
+
+    def on_save_checkpoint(
+        self, trainer: lightning.Trainer, pl_module: lightning.LightningModule, checkpoint: dict[str, Any]
+    ) -> None:
+        if self._to_save is not None:
+            checkpoint["epoch"] = self._to_save["epoch"]
+            checkpoint["loops"]["fit_loop"] = self._to_save["fit_loop"]
+
+    def on_load_checkpoint(
+        self, trainer: lightning.Trainer, pl_module: lightning.LightningModule, checkpoint: dict[str, Any]
+    ) -> None:
+        # With max_steps, Lightning takes an epoch at whose end a checkpoint was saved for one to be resumed within.
+        for epochs in checkpoint["loops"]["fit_loop"]["epoch_progress"].values():
+            epochs["completed"] = epochs["processed"]
+        self._begins_epoch = Position.of(checkpoint).batch == 0
+        # The best checkpoint is found again where the run folder has been moved.
+        for state in checkpoint["callbacks"].values():
+            if "best_k_models" in state and Path(str(trainer.ckpt_path)).parent == self.path.parent:
+                _relocate(state, self.path.parent.resolve())
+
+    def _on_signal(self, number: int, frame: FrameType | None) -> None:
+        self._signal = signal.Signals(number)
+
+    def _restore_handlers(self) -> None:
+        for number, handler in self._handlers.items():
+            signal.signal(number, handler)
+        self._handlers = {}
+
+    def _is_due(self, trainer: lightning.Trainer) -> bool:
+        by_step = self.every_n_train_steps and trainer.global_step % self.every_n_train_steps == 0
+        by_time = self.every_n_minutes and time.monotonic() - self._saved_at >= 60 * self.every_n_minutes
+        return bool(self._signal or by_step or by_time)
+
+    def _agreed(self, trainer: lightning.Trainer, decision: bool) -> bool:
+        """Whether any rank has decided so."""
+        return trainer.strategy.reduce_boolean_decision(decision, all=False)
+
+    def _take_down(self, trainer: lightning.Trainer) -> None:
+        self._to_save = {"epoch": trainer.current_epoch, "fit_loop": trainer.fit_loop.state_dict()}
+
+    def _save(self, trainer: lightning.Trainer) -> None:
+        if self._to_save is None:
+            return
+        for logger in trainer.loggers:
+            logger.save()
+            if isinstance(logger, TensorBoardLogger) and trainer.is_global_zero:
+                logger.experiment.flush()
+        trainer.save_checkpoint(self.path)
+        self._to_save = None
+        self._saved_at = time.monotonic()
+        if self._agreed(trainer, self._signal is not None):
+            if trainer.is_global_zero:
+                reason = f"stopped by {self._signal.name}" if self._signal else "stopped by a signal to another process"
+                print(
+                    f"{reason} after step {trainer.global_step}, which {self.path} holds; to go on, repeat the command "
+                    f"with ckpt_path=auto run_dir={self.path.parent.parent}",
+                    flush=True,
+                )
+            raise Preempted
+
+
+def _relocate(state: dict[str, Any], folder: Path) -> None:
+    """Makes the paths in the state of a `ModelCheckpoint` those of files of the same names in `folder`."""
+
+    def here(path: str) -> str:
+        return str(folder / Path(path).name) if path else path
+
+    for key in ("best_model_path", "kth_best_model_path", "last_model_path"):
+        state[key] = here(state[key])
+    state["best_k_models"] = {here(path): score for path, score in state["best_k_models"].items()}
+    state["dirpath"] = str(folder)

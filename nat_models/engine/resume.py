@@ -1,0 +1,121 @@
+"""Going on with a run: which one, from which checkpoint, and what is dropped of its logs."""
+
+import hashlib
+import json
+from contextlib import suppress
+from pathlib import Path
+
+import lightning
+from hydra.core.hydra_config import HydraConfig
+from lightning.pytorch.loggers import TensorBoardLogger
+from omegaconf import DictConfig, OmegaConf
+
+from nat_models.data import DataModule
+from nat_models.engine.checkpoint import check_resumable, check_unfinished, read_checkpoint
+from nat_models.engine.checkpoint_io import LAST, PREVIOUS
+from nat_models.engine.classification import ClassificationModule
+from nat_models.engine.csv_logger import drop_rows
+from nat_models.engine.errors import message_of
+from nat_models.engine.position import Position
+
+AUTO = "auto"
+
+
+def config_digest(cfg: DictConfig) -> str:
+    """Identifies the settings of a run, whichever folder it is in and whatever it goes on from."""
+    settings = cfg.copy()
+    settings.run_dir, settings.ckpt_path = "", None
+    return hashlib.sha256(OmegaConf.to_yaml(settings, resolve=True, sort_keys=True).encode()).hexdigest()
+
+
+def choose_run(cfg: DictConfig) -> str | None:
+    """Sets `cfg.run_dir` and `cfg.ckpt_path` to what `ckpt_path=auto` means, and returns a sentence about it.
+
+    With `run_dir` set, that is this folder; else the newest run of the experiment with the same settings that has no
+    results yet. Its last checkpoint is taken, or the one before if that is damaged; without any, training starts anew.
+
+    Raises:
+        ValueError: the run's checkpoints are all damaged; or it has some, but `ckpt_path` is not set.
+    """
+    new_dir = Path(cfg.run_dir)
+    if cfg.ckpt_path is None and _checkpoints(new_dir):
+        raise ValueError(f"run_dir={cfg.run_dir!r} holds a run already; ckpt_path=auto goes on with it")
+    if cfg.ckpt_path != AUTO:
+        return None
+    digest = config_digest(cfg)
+    run_dir = new_dir
+    if HydraConfig.initialized() and Path(HydraConfig.get().runtime.output_dir) == new_dir.absolute():
+        runs = Path("runs") / HydraConfig.get().runtime.choices["experiment"]
+        newest = _newest_run(runs.absolute(), digest)
+        if newest is None:
+            cfg.ckpt_path = None
+            return f"ckpt_path=auto: {runs} holds no unfinished run with these settings; starting anew"
+        run_dir = newest
+    checkpoint, sentence = last_checkpoint(run_dir)
+    cfg.ckpt_path = checkpoint and str(checkpoint)
+    if run_dir != new_dir:
+        cfg.run_dir = str(run_dir)
+        with suppress(OSError):
+            new_dir.rmdir()
+    return f"ckpt_path=auto: {sentence}"
+
+
+def last_checkpoint(run_dir: Path) -> tuple[Path | None, str]:
+    """The newest checkpoint of a run that is whole, or None if there is none at all, and a sentence about it.
+
+    Raises:
+        ValueError: there are some, but all are damaged.
+    """
+    damaged: list[str] = []
+    for path in _checkpoints(run_dir):
+        try:
+            position = Position.of(read_checkpoint(path))
+        except ValueError as error:
+            damaged.append(message_of(error))
+            continue
+        where = f"epoch {position.epoch}, batch {position.batch}"
+        because = f" because {'; '.join(damaged)}" if damaged else ""
+        return path, f"going on from {path} ({where}){because}"
+    if damaged:
+        raise ValueError(f"ckpt_path=auto: {'; '.join(damaged)}; remove the run folder to start anew")
+    return None, f"{run_dir} holds no checkpoint; starting anew"
+
+
+def continue_run(
+    cfg: DictConfig, datamodule: DataModule, trainer: lightning.Trainer, module: ClassificationModule
+) -> None:
+    """Lets the data begin and the logs go on where `cfg.ckpt_path` was saved, or at the beginning if it is None.
+
+    Raises:
+        FileNotFoundError, ValueError: training cannot go on from there. In the run's own folder it may be finished
+            already: what may be left to do is the evaluation.
+    """
+    run_dir, position = Path(cfg.run_dir), Position(0, 0, 0)
+    if cfg.ckpt_path is not None:
+        check_resumable(cfg.ckpt_path, module)
+        if Path(cfg.ckpt_path).resolve().parent.parent != run_dir.resolve():
+            check_unfinished(cfg.ckpt_path, trainer)
+        position = Position.of(read_checkpoint(cfg.ckpt_path))
+    datamodule.start = (position.epoch, position.batch)
+    for logger in trainer.loggers:
+        if isinstance(logger, TensorBoardLogger):
+            logger._kwargs["purge_step"] = position.step  # an argument of the SummaryWriter that it will open
+    if trainer.is_global_zero:
+        for path in (run_dir / "csv" / "metrics.csv", run_dir / "skipped_steps.csv"):
+            drop_rows(path, position.step)
+
+
+def _checkpoints(run_dir: Path) -> list[Path]:
+    folder = run_dir / "checkpoints"
+    return [folder / name for name in (LAST, PREVIOUS) if (folder / name).exists()]
+
+
+def _newest_run(runs: Path, digest: str) -> Path | None:
+    """The newest run below a folder that has these settings, a checkpoint and no results."""
+    candidates = sorted(runs.glob("**/manifest.json"), key=lambda path: path.stat().st_mtime, reverse=True)
+    for manifest in candidates:
+        run_dir = manifest.parent
+        unfinished = _checkpoints(run_dir) and not (run_dir / "results.json").exists()
+        if unfinished and json.loads(manifest.read_text()).get("config_digest") == digest:
+            return run_dir
+    return None
