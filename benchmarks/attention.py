@@ -4,7 +4,8 @@
     python benchmarks/attention.py --case img_s1 --providers fused_na,sdpa --dtype bfloat16 --rpb without
 
 Cases are those of `problems.py`. Times are medians on the device, see `timing.py`; `x_NAME` is how many times as long
-NAME takes, and `natten_published_ms` are `problems.NATTEN_MS`. Exits with 1 if fused_na is wrong or fails.
+NAME takes, and `natten_published_ms` are `problems.NATTEN_MS`. The file is written anew after each case. Exits with 1 if
+fused_na is wrong or fails.
 """
 
 import argparse
@@ -103,19 +104,19 @@ def main() -> None:
     options = parse_arguments()
     suites = [name for name in SUITES if name != "smoke"] if options.suite == "all" else [options.suite]
     names = options.case or [name for suite in suites for name in SUITES[suite]]
+    columns = ["case", "provider", "pass", "dtype", "rpb", "status", "ms", "host_ms", "tflops", "tb_per_s", "max_error"]
+    ratios = [f"x_{name}" for name in options.providers] + ["natten_published_ms", "x_natten_published"]
+    where = provenance(torch.device(options.device), options.commit)
     rows: list[Row] = []
     for case in names:
         dtypes = options.dtype or (["bfloat16", "float16"] if case in SUITES["image"] else ["bfloat16"])
         biases = {"with": [True], "without": [False], "both": [False, True]}[options.rpb]
         for dtype, has_rpb in product(dtypes, biases):
             rows += rows_of(case, CASES[case], getattr(torch, dtype), has_rpb, options)
+            if options.out:
+                write_csv(options.out, [{name: row.get(name, "") for name in columns + ratios} | where for row in rows])
             print(f"{case} {dtype} {'with' if has_rpb else 'without'} rpb done", file=sys.stderr, flush=True)
 
-    columns = ["case", "provider", "pass", "dtype", "rpb", "status", "ms", "host_ms", "tflops", "tb_per_s", "max_error"]
-    ratios = [f"x_{name}" for name in options.providers] + ["natten_published_ms", "x_natten_published"]
-    where = provenance(torch.device(options.device), options.commit)
-    if options.out:
-        write_csv(options.out, [{name: row.get(name, "") for name in columns + ratios} | where for row in rows])
     print_table(rows, columns + ratios)
     sys.exit(any(row["provider"] == "fused_na" and row["status"] != "ok" for row in rows))
 
