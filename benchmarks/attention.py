@@ -4,8 +4,8 @@
     python benchmarks/attention.py --case img_s1 --providers fused_na,sdpa --dtype bfloat16 --rpb without
 
 Cases are those of `problems.py`. Times are medians on the device, see `timing.py`; `x_NAME` is how many times as long
-NAME takes, and `natten_published_ms` are `problems.NATTEN_MS`. The file is written anew after each case. Exits with 1 if
-fused_na is wrong or fails.
+NAME takes, and `natten_published_ms` are `problems.NATTEN_MS`. The file is written anew after each case. Exits with 1
+if fused_na is wrong or fails.
 """
 
 import argparse
