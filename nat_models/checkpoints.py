@@ -25,6 +25,7 @@ from timm.models import adapt_input_conv, build_model_with_cfg, resolve_pretrain
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from nat_models.checksums import check_checksum
 from nat_models.inflation import inflate, is_of_images, temporal_parameters
 
 _WRAPPERS = ("state_dict_ema", "model_ema", "state_dict", "model")
@@ -153,10 +154,11 @@ def read_file(path: str | Path) -> dict[str, Any]:
 
     Raises:
         FileNotFoundError: no such file.
-        ValueError: the file cannot be read, or holds something else.
+        ValueError: the file cannot be read, is damaged, or holds something else.
     """
     if not Path(path).is_file():
         raise FileNotFoundError(f"there is no file {str(path)!r}")
+    check_checksum(path)
     try:
         content = load_file(path) if Path(path).suffix == ".safetensors" else torch.load(path, "cpu", weights_only=True)
     except _UNREADABLE as error:

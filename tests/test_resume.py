@@ -1,0 +1,237 @@
+"""Runs that are killed, preempted, or left with damaged files go on exactly as if nothing had happened."""
+
+import csv
+import importlib
+import os
+import resource
+import signal
+import sys
+import traceback
+from collections.abc import Callable
+from itertools import count
+from pathlib import Path
+from unittest.mock import patch
+
+import pytest
+import torch.utils.tensorboard  # noqa: F401  here, for all forked processes
+from training_runs import REPOSITORY, compose_train, train
+
+from nat_models.checkpoints import read_file
+from nat_models.data import ImageDataModule
+from nat_models.engine.callbacks import UndecodableCount
+from nat_models.engine.checkpoint import read_checkpoint
+from nat_models.engine.checkpoint_io import VerifiedCheckpointIO
+from nat_models.engine.classification import ClassificationModule
+from nat_models.engine.last_checkpoint import LastCheckpoint
+from nat_models.engine.position import Position
+
+sys.path.insert(0, str(REPOSITORY / "benchmarks"))
+from kill_and_resume import SETTINGS, differences  # noqa: E402
+
+SMALL = [*SETTINGS, "trainer.limit_val_batches=1", "callbacks.contact_sheet=null"]
+VARIANTS = {
+    "plain": [],
+    "workers": ["data.num_workers=2"],
+    "ema_accumulation_mixup": [
+        "callbacks=ema",
+        "callbacks.ema.decay=0.9",
+        "trainer.accumulate_grad_batches=3",
+        "model.mixup={mixup_alpha: 0.8, cutmix_alpha: 1.0}",
+        "callbacks.last.every_n_train_steps=1",
+    ],
+    "max_steps": ["trainer.max_steps=24", "trainer.check_val_every_n_epoch=2"],
+}
+
+
+def in_child(run_dir: Path, *overrides: str, prepare: Callable[[], None] = lambda: None) -> int:
+    """Trains in a forked process, without the plots at the end; its exit status, negative for a signal.
+
+    Args:
+        run_dir: run folder.
+        overrides: of the config.
+        prepare: called in the process first.
+    """
+    sys.path.insert(0, str(REPOSITORY))
+    script = importlib.import_module("train")
+    sys.path.remove(str(REPOSITORY))
+    child = os.fork()
+    if child == 0:
+        status = 1
+        try:
+            prepare()
+            with patch.object(script, "save_evaluation"), patch.object(script, "plot_curves"):
+                train(compose_train(run_dir, *overrides))
+            status = 0
+        except SystemExit as exit_error:
+            status = exit_error.code  # type: ignore[assignment]
+        except BaseException:
+            traceback.print_exc()
+        finally:
+            os._exit(status)  # type: ignore[arg-type]
+    return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+
+
+def kill_self(*arguments: object) -> None:
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
+def at_call(
+    number: int, owner: type, name: str, action: Callable[..., object] = kill_self, ever_after: bool = False
+) -> Callable[[], None]:
+    """For `prepare`: makes the `number`-th call of a method, or all from it on, do something else first."""
+
+    def prepare() -> None:
+        original, calls = getattr(owner, name), count(1)
+
+        def method(*arguments):
+            call = next(calls)
+            if call == number or (ever_after and call > number):
+                action(*arguments)
+            return original(*arguments)
+
+        setattr(owner, name, method)
+
+    return prepare
+
+
+@pytest.fixture(scope="module")
+def reference(tmp_path_factory) -> Callable[[str], Path]:
+    """The run folder of a variant's uninterrupted run."""
+    folder, done = tmp_path_factory.mktemp("reference"), set()
+
+    def run_dir(variant: str) -> Path:
+        if variant not in done:
+            assert in_child(folder / variant, *SMALL, *VARIANTS[variant]) == 0
+            done.add(variant)
+        return folder / variant
+
+    return run_dir
+
+
+MOMENTS = {
+    "before_the_first_checkpoint": at_call(2, ClassificationModule, "training_step"),
+    "within_an_epoch": at_call(9, ClassificationModule, "training_step"),
+    "before_an_epoch's_metrics_are_logged": at_call(2, UndecodableCount, "on_train_epoch_end"),
+    "in_the_first_step_of_an_epoch": at_call(11, ClassificationModule, "training_step"),
+    "at_the_end": at_call(1, LastCheckpoint, "on_train_end"),
+}
+
+
+@pytest.mark.parametrize("moment", MOMENTS)
+def test_killed_at(tmp_path, reference, moment):
+    run_dir = tmp_path / "run"
+    assert in_child(run_dir, *SMALL, prepare=MOMENTS[moment]) == -signal.SIGKILL
+    assert in_child(run_dir, *SMALL, "ckpt_path=auto") == 0
+    assert differences(reference("plain"), run_dir) == []
+
+
+@pytest.mark.parametrize("variant, step", [("workers", 9), ("ema_accumulation_mixup", 18), ("max_steps", 11)])
+def test_every_setting_goes_on_exactly(tmp_path, reference, variant, step):
+    run_dir = tmp_path / "run"
+    prepare = at_call(step, ClassificationModule, "training_step")
+    assert in_child(run_dir, *SMALL, *VARIANTS[variant], prepare=prepare) == -signal.SIGKILL
+    # Neither do the workers that remain change what is drawn.
+    other_workers = ["data.num_workers=1"] if variant == "workers" else []
+    assert in_child(run_dir, *SMALL, *VARIANTS[variant], *other_workers, "ckpt_path=auto") == 0
+    assert differences(reference(variant), run_dir) == []
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1])
+def test_preempted(tmp_path, reference, capfd, number):
+    run_dir = tmp_path / "run"
+    prepare = at_call(5, ClassificationModule, "training_step", lambda *_: os.kill(os.getpid(), number))
+    assert in_child(run_dir, *SMALL, prepare=prepare) == 75
+    assert f"stopped by {number.name} after step 5" in capfd.readouterr().out
+    assert in_child(run_dir, *SMALL, "ckpt_path=auto") == 0
+    assert "(epoch 0, batch 5)" in capfd.readouterr().out
+    assert differences(reference("plain"), run_dir) == []
+
+
+def test_damaged_checkpoints(tmp_path, reference, capfd):
+    run_dir = tmp_path / "run"
+    assert in_child(run_dir, *SMALL, prepare=at_call(18, ClassificationModule, "training_step")) == -signal.SIGKILL
+    last, previous = (run_dir / "checkpoints" / name for name in ("last.ckpt", "previous.ckpt"))
+    damage(last)
+    (last.parent / "last.ckpt.tmp").write_bytes(b"what a killed process leaves")
+    assert in_child(run_dir, *SMALL, "ckpt_path=auto") == 0
+    output = capfd.readouterr().out
+    assert f"going on from {previous} (epoch 1, batch 2) because '{last}' is damaged" in output
+    assert differences(reference("plain"), run_dir) == []
+    assert {path.name for path in last.parent.iterdir()} == {"best.ckpt", "last.ckpt", "previous.ckpt"}
+
+    damage(last)
+    last.replace(previous)
+    assert in_child(run_dir, *SMALL, "ckpt_path=auto") == 2
+    assert "remove the run folder to start anew" in capfd.readouterr().err
+    for read in (read_checkpoint, read_file, VerifiedCheckpointIO().load_checkpoint):
+        with pytest.raises(ValueError, match="is damaged: its content is not that of its checksum"):
+            read(previous)
+
+
+def damage(path: Path) -> None:
+    """Flips one bit in the middle of a file, where tensors are."""
+    content = bytearray(path.read_bytes())
+    content[len(content) // 2] ^= 1
+    path.write_bytes(content)
+
+
+def limit_file_size() -> None:
+    """As `ulimit -f`, which is as near to a full disk as a test comes without mounting one."""
+    resource.setrlimit(resource.RLIMIT_FSIZE, (1_000_000, resource.RLIM_INFINITY))
+
+
+def test_full_disk(tmp_path, reference, capfd):
+    run_dir = tmp_path / "run"
+    prepare = at_call(6, ClassificationModule, "training_step", lambda *_: limit_file_size())
+    assert in_child(run_dir, *SMALL, prepare=prepare) == 2
+    error = capfd.readouterr().err.splitlines()[-1]
+    assert error.startswith(f"error: cannot write the checkpoint {run_dir}/checkpoints/last.ckpt (")
+    assert "File too large; last.ckpt of before is intact" in error
+    assert not list(run_dir.rglob("*.tmp"))
+    assert Position.of(read_checkpoint(run_dir / "checkpoints" / "last.ckpt")).step == 3
+    assert in_child(run_dir, *SMALL, "ckpt_path=auto") == 0
+    assert differences(reference("plain"), run_dir) == []
+
+
+def test_run_folder_that_cannot_be_written(capfd):
+    assert in_child(Path("/proc/run"), *SMALL) == 2
+    assert "error: [Errno 2] No such file or directory: '/proc/run'" in capfd.readouterr().err
+
+
+def test_run_folder_with_a_run_is_not_overwritten(tmp_path, reference, capfd):
+    assert in_child(reference("plain"), *SMALL) == 2
+    assert "holds a run already; ckpt_path=auto goes on with it" in capfd.readouterr().err
+
+
+def poison(module, batch, batch_idx) -> None:
+    batch[0][0] = float("nan")
+
+
+def test_non_finite_step_is_skipped(tmp_path):
+    run_dir = tmp_path / "run"
+    prepare = at_call(8, ClassificationModule, "training_step", poison)
+    assert in_child(run_dir, *SMALL, prepare=prepare) == 0
+    with open(run_dir / "csv" / "metrics.csv", newline="") as file:
+        skipped = {
+            int(row["step"]): float(row["train/skipped_steps"]) for row in csv.DictReader(file) if row["train/lr"]
+        }
+    assert skipped == {step: float(step >= 7) for step in range(30)}
+    with open(run_dir / "skipped_steps.csv", newline="") as file:
+        rows = list(csv.DictReader(file))
+    data = ImageDataModule("digits", img_size=32, in_chans=1, batch_size=16)
+    data.setup("fit")
+    data.trainer = None
+    assert [row["sample"] for row in rows] == data.training_samples(0, 7)
+    assert {(row["step"], row["epoch"], row["batch"], row["rank"]) for row in rows} == {("7", "0", "7", "0")}
+    last = read_checkpoint(run_dir / "checkpoints" / "last.ckpt")
+    assert last["global_step"] == 30 and last["optimizer_states"][0]["state"][0]["step"] == 29
+    assert all(value.isfinite().all() for value in last["state_dict"].values())
+
+
+def test_too_many_non_finite_steps_end_the_run(tmp_path, capfd):
+    run_dir = tmp_path / "run"
+    prepare = at_call(8, ClassificationModule, "training_step", poison, ever_after=True)
+    assert in_child(run_dir, *SMALL, "callbacks.non_finite.max_consecutive=1", prepare=prepare) == 2
+    error = capfd.readouterr().err.splitlines()[-1]
+    assert error.startswith("error: the loss or the gradient was not finite in 2 steps in a row and 2 in all;")
+    assert f"the last good checkpoint is {run_dir}/checkpoints/last.ckpt; {run_dir}/skipped_steps.csv lists" in error
