@@ -35,7 +35,7 @@ def main(cfg: DictConfig) -> float:
         continue_run(cfg, datamodule, trainer, module)
         run_dir = Path(cfg.run_dir)
         if trainer.is_global_zero:
-            record_run(cfg, digest, run_dir, trainer.world_size, trainer.strategy.root_device)
+            record_run(cfg, digest, run_dir, datamodule, trainer.world_size, trainer.strategy.root_device)
     if trainer.is_global_zero:
         print_setup(cfg, datamodule, trainer, module, run_dir)
         if going_on is not None:

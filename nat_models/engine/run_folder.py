@@ -1,35 +1,42 @@
 """The run folder: its name, and the record of how the run came to be."""
 
+import hashlib
 import json
 import os
 import platform
 import subprocess
 import sys
+import tempfile
 from datetime import datetime
 from functools import cache
-from importlib.metadata import PackageNotFoundError, version
+from importlib.metadata import distributions
 from pathlib import Path
 from typing import Any
 
 import torch
+from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig, OmegaConf
 from torch.distributed import TCPStore
 
+from nat_models.data import DataModule
 from nat_models.engine.files import replace_file
 
-PACKAGES = (
-    "nat-models",
-    "torch",
-    "torchvision",
-    "triton",
-    "timm",
-    "lightning",
-    "torchmetrics",
-    "hydra-core",
-    "numpy",
-    "av",
-    "torchcodec",
+# Of these variables, results or speed may depend on any.
+VARIABLES = (
+    "CUDA",
+    "CUBLAS",
+    "CUDNN",
+    "NVIDIA",
+    "NCCL",
+    "TORCH",
+    "PYTORCH",
+    "TRITON",
+    "FUSED_NA",
+    "OMP",
+    "MKL",
+    "SLURM",
 )
+SOURCES = ("*.py", "*.yaml", "*.toml")  # new files of these kinds belong to a changed working copy
 
 
 @cache
@@ -56,20 +63,27 @@ def launch_time() -> str:
 OmegaConf.register_new_resolver("launch_time", launch_time, replace=True)
 
 
-def record_run(config: DictConfig, digest: str, run_dir: Path, world_size: int, device: torch.device) -> None:
+def record_run(
+    config: DictConfig, digest: str, run_dir: Path, datamodule: DataModule, world_size: int, device: torch.device
+) -> None:
     """Writes `config.yaml` (resolved) and `manifest.json` (versions, commit, command line, ...) into the run folder.
 
-    A run that goes on keeps its manifest, which lists the manifests of resuming under `resumed`.
+    Where the working copy differs from its commit, the difference is written too, as `changes-SHA256.patch`. A run that
+    goes on keeps its manifest, which lists the manifests of resuming under `resumed`.
 
     Args:
         config: of the run.
         digest: of the config as it was composed, by which `ckpt_path=auto` finds the run.
         run_dir: created if missing.
+        datamodule: tells the size and the classes of the data.
         world_size, device: of the trainer.
     """
     run_dir.mkdir(parents=True, exist_ok=True)
     replace_file(run_dir / "config.yaml", OmegaConf.to_yaml(config, resolve=True).encode())
-    path, record = run_dir / "manifest.json", manifest(config.seed, world_size, device)
+    patch = uncommitted_changes()
+    path, record = run_dir / "manifest.json", manifest(config.seed, datamodule, world_size, device, patch)
+    if patch:
+        replace_file(run_dir / f"changes-{record['git']['changes'][:12]}.patch", patch)
     if path.exists():
         first = json.loads(path.read_text())
         record = first | {"resumed": [*first.get("resumed", []), record]}
@@ -82,17 +96,37 @@ def read_data_config(run_dir: Path) -> dict[str, Any]:
     img_size = data["img_size"]
     height, width = (img_size, img_size) if isinstance(img_size, int) else img_size
     same = {key: data[key] for key in ("mean", "std", "interpolation", "crop_pct")}
-    return {"input_size": (data["in_chans"], height, width)} | same
+    return {"input_size": (data.get("in_chans", 3), height, width)} | same
 
 
-def manifest(seed: int, world_size: int, device: torch.device) -> dict[str, Any]:
-    """What is needed to repeat a run, beside its config."""
+def manifest(
+    seed: int, datamodule: DataModule, world_size: int, device: torch.device, patch: bytes | None
+) -> dict[str, Any]:
+    """What is needed to repeat a run: the same `overrides` of the same code, packages, data and number of processes.
+
+    Args:
+        seed: of the run.
+        datamodule: of the run, opened for training.
+        world_size, device: of the trainer.
+        patch: of `uncommitted_changes`.
+    """
+    packages = {distribution.metadata["Name"]: distribution.version for distribution in distributions()}
     return {
         "command": [Path(sys.executable).name, *sys.argv],
+        "overrides": list(HydraConfig.get().overrides.task) if HydraConfig.initialized() else None,
+        "folder": os.getcwd(),
         "started": datetime.now().astimezone().isoformat(timespec="seconds"),
         "seed": seed,
-        "git": _git_state(),
-        "packages": {name: _version(name) for name in PACKAGES},
+        "git": None
+        if patch is None
+        else {"commit": _git("rev-parse", "HEAD").decode().strip(), "changes": _sha256(patch)},
+        "data": {
+            "training": len(datamodule.train_dataset),
+            "validation": len(datamodule.val_dataset),
+            "classes": _sha256(json.dumps(datamodule.classes).encode()),
+        },
+        "environment": {name: os.environ[name] for name in sorted(os.environ) if name.startswith(VARIABLES)},
+        "packages": dict(sorted(packages.items())),
         "python": platform.python_version(),
         "platform": platform.platform(),
         "device": torch.cuda.get_device_name(device) if device.type == "cuda" else device.type,
@@ -101,21 +135,25 @@ def manifest(seed: int, world_size: int, device: torch.device) -> dict[str, Any]
     }
 
 
-def _version(package: str) -> str | None:
-    try:
-        return version(package)
-    except PackageNotFoundError:
-        return None
+def uncommitted_changes() -> bytes | None:
+    """Patch of what differs from the commit in the working copy that holds this file; None outside git."""
+    with tempfile.TemporaryDirectory() as folder:
+        index = os.path.join(folder, "index")
+        try:
+            top = _git("rev-parse", "--show-toplevel").decode().strip()
+            _git("read-tree", "HEAD", folder=top, index=index)
+            _git("add", "--update", folder=top, index=index)
+            _git("add", "--", *SOURCES, folder=top, index=index)
+            return _git("diff", "--cached", "--binary", "HEAD", folder=top, index=index)
+        except (OSError, subprocess.CalledProcessError):
+            return None
 
 
-def _git_state() -> dict[str, Any] | None:
-    """Commit of the working copy that holds this file, and whether it was changed since; None outside git."""
+def _sha256(content: bytes) -> str | None:
+    return hashlib.sha256(content).hexdigest() if content else None
 
-    def git(*arguments: str) -> str:
-        command = ["git", "-C", str(Path(__file__).parent), *arguments]
-        return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
 
-    try:
-        return {"commit": git("rev-parse", "HEAD"), "changed": bool(git("status", "--porcelain"))}
-    except (OSError, subprocess.CalledProcessError):
-        return None
+def _git(*arguments: str, folder: str | Path = Path(__file__).parent, index: str | None = None) -> bytes:
+    """What git prints, in `folder` and with another index than the working copy's if one is named."""
+    environment = os.environ | ({"GIT_INDEX_FILE": index} if index else {})
+    return subprocess.run(["git", "-C", folder, *arguments], capture_output=True, check=True, env=environment).stdout
