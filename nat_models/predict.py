@@ -1,7 +1,8 @@
-"""`python -m nat_models.predict MODEL_OR_RUN IMAGE...`: the five most likely classes of images, with bars.
+"""`python -m nat_models.predict MODEL_OR_RUN INPUT...`: the five most likely classes of images or videos, with bars.
 
 MODEL is a name in timm's registry, with its published weights or those of `--checkpoint FILE`; RUN a run folder of
-`train.py`, or a checkpoint in one. IMAGE is a file, or a folder of them. `--attention` also draws where queries attend.
+`train.py`, or a checkpoint in one. INPUT is a file, or a folder of them: images or videos, as the model takes.
+`--attention` also draws where queries attend in an image, `--annotate` writes a copy of a video with its classes.
 """
 
 import argparse
@@ -14,6 +15,7 @@ from typing import Any
 
 import timm
 import torch
+from omegaconf import OmegaConf
 from PIL import Image
 from rich.bar import Bar
 from rich.console import Console
@@ -23,11 +25,18 @@ from timm.data import ImageNetInfo, get_img_extensions, infer_imagenet_subset, r
 from timm.utils import ParseKwargs, natural_key
 from torch import Tensor, nn
 
+from nat_models.annotated_copy import AnnotatedCopy, copy_paths, read_frames
 from nat_models.attention import LayerAttention, capture_attention
 from nat_models.checkpoints import infer_sizes, read_file, rename, unwrap
 from nat_models.data import UndecodableImageError
 from nat_models.data.datasets import DECODE_ERRORS
+from nat_models.data.device_transforms import DeviceTransform
 from nat_models.data.transforms import create_transform
+from nat_models.data.video.annotations import VIDEO_EXTENSIONS, LabelledVideo
+from nat_models.data.video.dataset import EvaluationViews, VideoOpener
+from nat_models.data.video.decoding import FRAME_EXTENSIONS
+from nat_models.data.video.sampling import Sampling
+from nat_models.data.video.transforms import evaluation_transform
 from nat_models.engine.checkpoint import find_checkpoint
 from nat_models.engine.evaluation import load_classifier
 from nat_models.engine.plots import plot_attention
@@ -35,6 +44,23 @@ from nat_models.engine.run_folder import read_data_config
 from nat_models.names import check_model_name
 
 TOP = 5
+
+
+@dataclass(frozen=True)
+class Views:
+    """How videos are looked at, as `VideoDataModule` does in evaluation.
+
+    Attributes:
+        sampling: how clips are taken.
+        clips, crops: of each video.
+        decoder, frame_rate: see `open_video`.
+    """
+
+    sampling: Sampling
+    clips: int = 4
+    crops: int = 3
+    decoder: str = "pyav"
+    frame_rate: float = 30.0
 
 
 @dataclass
@@ -45,11 +71,13 @@ class Predictor:
         model: in eval mode.
         class_names: in label order.
         data_config: timm's: `input_size`, `mean`, `std`, `interpolation`, `crop_pct`.
+        views: of videos, whose mean decides; None for models of images.
     """
 
     model: nn.Module
     class_names: Sequence[str]
     data_config: dict[str, Any]
+    views: Views | None = None
 
     def __post_init__(self) -> None:
         if not self.class_names:
@@ -65,11 +93,13 @@ class Predictor:
         self.transform: Callable[[Image.Image], Tensor] = create_transform(tuple(size), **settings)
 
     def read(self, path: Path) -> Tensor:
-        """The image file as the model takes it, `[1, in_chans, H, W]`.
+        """A file as the model takes it: an image `[1, in_chans, H, W]`, or a video's views `[views, 3, T, H, W]`.
 
         Raises:
-            UndecodableImageError: the file cannot be decoded.
+            UndecodableImageError, VideoError: the file cannot be decoded.
         """
+        if self.views is not None:
+            return self._read_views(path, self.views)
         mode = "L" if self.data_config["input_size"][0] == 1 else "RGB"
         try:
             with Image.open(path) as image:
@@ -77,21 +107,27 @@ class Predictor:
         except DECODE_ERRORS as error:
             raise UndecodableImageError(f"cannot decode {str(path)!r}: {error}") from error
 
-    @torch.inference_mode()
-    def predict(self, image: Tensor) -> list[tuple[str, float]]:
-        """The most likely classes of an image `[1, in_chans, H, W]`, with their probabilities.
+    def _read_views(self, path: Path, views: Views) -> Tensor:
+        _, *size = self.data_config["input_size"]
+        settings = {key: self.data_config[key] for key in ("interpolation", "crop_pct")}
+        transform = evaluation_transform((size[0], size[1]), crops=views.crops, **settings)
+        opener = VideoOpener(views.decoder, views.frame_rate)
+        video = LabelledVideo(str(path), label=0)
+        pixels = EvaluationViews([video], opener, views.sampling, transform, views.clips)[0][0]
+        normalize = DeviceTransform(self.data_config["mean"], self.data_config["std"], spatial_axes=3)
+        return normalize([pixels], None)[0]
 
-        Raises:
-            ValueError: the model takes clips.
-        """
-        if hasattr(self.model, "num_frames"):
-            raise ValueError("the model takes clips, not images")
+    @torch.inference_mode()
+    def predict(self, pixels: Tensor) -> list[tuple[str, float]]:
+        """The most likely classes of what `read` returned, with their probabilities: of views the mean's."""
         device = next(self.model.parameters()).device
-        probabilities, labels = (
-            self.model(image.to(device)).float().softmax(-1)[0].topk(min(TOP, len(self.class_names)))
-        )
-        names = [self.class_names[label] for label in labels.tolist()]
-        return list(zip(names, probabilities.tolist(), strict=True))
+        probabilities = [self.model(view[None].to(device)).double().softmax(-1)[0] for view in pixels]
+        return self.most_likely(torch.stack(probabilities).mean(0))
+
+    def most_likely(self, probabilities: Tensor) -> list[tuple[str, float]]:
+        """The first five classes of `probabilities [num_classes]`, most likely first."""
+        values, labels = probabilities.topk(min(TOP, len(self.class_names)))
+        return [(self.class_names[label], value) for label, value in zip(labels.tolist(), values.tolist(), strict=True)]
 
 
 def load_run(path: str | Path) -> Predictor:
@@ -103,7 +139,11 @@ def load_run(path: str | Path) -> Predictor:
     run, ckpt_path = (str(path), None) if Path(path).is_dir() else (None, str(path))
     run_dir, checkpoint = find_checkpoint(run, ckpt_path)
     module, class_names = load_classifier(checkpoint)
-    return Predictor(module.model, class_names, read_data_config(run_dir))
+    data = OmegaConf.load(run_dir / "config.yaml").data
+    views = None
+    if "sampling" in data:
+        views = Views(Sampling(**data.sampling), **data.test_views, decoder=data.decoder, frame_rate=data.frame_rate)
+    return Predictor(module.model, class_names, read_data_config(run_dir), views)
 
 
 def load_model(name: str, checkpoint: str | Path | None = None, **model_kwargs: Any) -> Predictor:
@@ -132,7 +172,9 @@ def load_model(name: str, checkpoint: str | Path | None = None, **model_kwargs: 
         model = timm.create_model(name, pretrained=True, **weights | model_kwargs)
     except TypeError as error:
         raise ValueError(f"model_kwargs={model_kwargs} do not fit {name}: {error}") from error
-    return Predictor(model, _class_names(model), resolve_model_data_config(model))
+    num_frames = getattr(model, "num_frames", None)  # of video models, which the recipes train with stride 2
+    views = None if num_frames is None else Views(Sampling(num_frames, stride=2))
+    return Predictor(model, _class_names(model), resolve_model_data_config(model), views)
 
 
 def _class_names(model: nn.Module) -> list[str]:
@@ -148,25 +190,33 @@ def _class_names(model: nn.Module) -> list[str]:
     return [info.index_to_description(label) for label in range(num_classes)]
 
 
-def find_images(paths: Iterable[str | Path]) -> list[Path]:
-    """The files given, and all images in and below the folders given.
+def find_inputs(paths: Iterable[str | Path], of_videos: bool) -> list[Path]:
+    """The files given, and all images, or videos, in and below the folders given.
+
+    A folder that holds images only is, for a model of videos, a video of these frames.
 
     Raises:
         FileNotFoundError: a path does not exist.
-        ValueError: a folder holds no images.
+        ValueError: a folder holds neither, or a file is of the other kind.
     """
-    extensions = get_img_extensions(as_set=True)
+    image_extensions = get_img_extensions(as_set=True)
+    extensions = set(VIDEO_EXTENSIONS) if of_videos else image_extensions
+    kind, other = ("videos", "images") if of_videos else ("images", "videos")
     found: list[Path] = []
     for path in map(Path, paths):
         if path.is_dir():
             files = [file for file in path.rglob("*") if file.suffix.lower() in extensions and file.is_file()]
+            if of_videos and not files and any(file.suffix.lower() in FRAME_EXTENSIONS for file in path.iterdir()):
+                files = [path]
             if not files:
-                raise ValueError(f"there are no images ({', '.join(sorted(extensions))}) in the folder {str(path)!r}")
+                raise ValueError(f"there are no {kind} ({', '.join(sorted(extensions))}) in the folder {str(path)!r}")
             found += sorted(files, key=lambda file: natural_key(str(file)))
+        elif path.suffix.lower() in (image_extensions if of_videos else VIDEO_EXTENSIONS):
+            raise ValueError(f"the model takes {kind}, not {other} such as {str(path)!r}")
         elif path.is_file():
             found.append(path)
         else:
-            raise FileNotFoundError(f"there is no image {str(path)!r}")
+            raise FileNotFoundError(f"there is no file {str(path)!r}")
     return found
 
 
@@ -242,6 +292,14 @@ def add_model_options(parser: argparse.ArgumentParser) -> None:
     )
 
 
+def add_annotate_option(parser: argparse.ArgumentParser) -> None:
+    """`--annotate`, for `copy_path`."""
+    parser.add_argument(
+        "--annotate", nargs="?", const=".", metavar="PATH",
+        help="also write an annotated copy of the video, to PATH: an .mp4 file, or a folder (default: the current one)",
+    )  # fmt: skip
+
+
 def load(options: argparse.Namespace) -> Predictor:
     """The predictor of `options.model`, a run if there is such a path and else a registered model, on its device.
 
@@ -268,9 +326,9 @@ def parse_query(text: str) -> tuple[int, int]:
 
 
 def parse_arguments(arguments: list[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(prog="python -m nat_models.predict", description="Classifies images.")
+    parser = argparse.ArgumentParser(prog="python -m nat_models.predict", description="Classifies images and videos.")
     parser.add_argument("model", metavar="MODEL_OR_RUN", help="registered name, or run folder of train.py")
-    parser.add_argument("images", nargs="+", metavar="IMAGE", help="image file, or folder that holds some")
+    parser.add_argument("inputs", nargs="+", metavar="INPUT", help="image or video file, or folder that holds some")
     parser.add_argument(
         "--attention", nargs="?", const=".", metavar="PATH",
         help="also draw where queries attend, into PATH: a .png file, or a folder (default: the current one)",
@@ -279,6 +337,7 @@ def parse_arguments(arguments: list[str] | None) -> argparse.Namespace:
         "--queries", nargs="+", type=parse_query, metavar="ROW,COLUMN",
         help="pixels of the image as the model gets it (default: the centre, the upper right, and the lower left edge)",
     )  # fmt: skip
+    add_annotate_option(parser)
     add_model_options(parser)
     options = parser.parse_args(arguments)
     if options.queries and options.attention is None:
@@ -290,20 +349,36 @@ def main(arguments: list[str] | None = None) -> None:
     """Prints predictions, image by image; exits with status 2 and one line for what the user can correct."""
     options = parse_arguments(arguments)
     try:
-        images = find_images(options.images)
-        pictures = [] if options.attention is None else attention_files(options.attention, images)
+        missing = next((path for path in options.inputs if not Path(path).exists()), None)
+        if missing is not None:
+            raise FileNotFoundError(f"there is no file {missing!r}")
         predictor = load(options)
-        for i, path in enumerate(images):
-            image = predictor.read(path)
-            prediction = predictor.predict(image)
+        inputs = find_inputs(options.inputs, predictor.views is not None)
+        pictures, copies = [], []
+        if options.attention is not None:
+            if predictor.views is not None:
+                raise ValueError("--attention is for models of images")
+            pictures = attention_files(options.attention, inputs)
+        if options.annotate is not None:
+            if predictor.views is None:
+                raise ValueError("--annotate is for models of videos")
+            copies = copy_paths(options.annotate, inputs)
+        for i, path in enumerate(inputs):
+            pixels = predictor.read(path)
+            prediction = predictor.predict(pixels)
             print_prediction(path, prediction)
             if pictures:
-                height, width = image.shape[2:]
+                height, width = pixels.shape[2:]
                 default = [(height // 2, width // 2), (height // 4, 3 * width // 4), (3 * height // 4, 0)]
                 (name, probability), *_ = prediction
                 title = f"{path.name}: {name} ({100 * probability:.0f} %)"
-                draw_attention(predictor, image, options.queries or default, title, pictures[i])
+                draw_attention(predictor, pixels, options.queries or default, title, pictures[i])
                 print(f"attention drawn into {pictures[i]}\n")
+            if copies:
+                with AnnotatedCopy(copies[i]) as copy:
+                    for frame in read_frames(str(path)):
+                        copy.write(frame, prediction)
+                print(f"annotated copy in {copies[i]}\n")
     except (ValueError, FileNotFoundError) as error:
         print(f"error: {error}", file=sys.stderr)
         raise SystemExit(2) from None

@@ -2,22 +2,22 @@
 
 MODEL is a `nat_stream_*` name in timm's registry, with the weights of `--checkpoint FILE`; RUN a run folder of
 `train.py`, or a checkpoint in one. VIDEO is whatever FFmpeg opens: a file, a stream's address, a camera's device.
+`--annotate` also writes a copy of it with the running prediction drawn into each frame.
 """
 
 import argparse
 import sys
 from collections.abc import Iterator
+from contextlib import ExitStack
 from dataclasses import dataclass
 from statistics import median
 from time import perf_counter
-from typing import Any
 
 import torch
-from PIL import Image
 
-from nat_models.data.video.decoding import VideoError, check_decoder
+from nat_models.annotated_copy import AnnotatedCopy, Frame, copy_paths, read_frames
 from nat_models.nat_stream import NATStream
-from nat_models.predict import Predictor, add_model_options, load
+from nat_models.predict import Predictor, add_annotate_option, add_model_options, load
 
 
 @dataclass
@@ -26,60 +26,25 @@ class Answer:
 
     Attributes:
         time: of the frame, in seconds from the first one.
-        latency: seconds from the decoded frame to the class, preparing the frame included.
-        class_name: the most likely class.
-        probability: its probability.
+        latency: seconds from the decoded frame to the classes, preparing the frame included.
+        prediction: the most likely classes with their probabilities.
     """
 
     time: float
     latency: float
-    class_name: str
-    probability: float
-
-
-def read_frames(source: str, rate: float) -> Iterator[tuple[float, Image.Image]]:
-    """Decodes frames one after the other, and leaves out those that come faster than `rate` a second.
-
-    Yields:
-        Seconds from the first frame, and the picture, upright as the file asks for.
-
-    Raises:
-        ValueError: PyAV is missing.
-        VideoError: the video cannot be opened or decoded, or holds no frames.
-    """
-    check_decoder("pyav")
-    import av
-
-    due = None
-    try:
-        with av.open(source) as container:
-            stream: Any = container.streams.best("video")
-            if stream is None:
-                raise VideoError(f"cannot decode {source}: it holds no video")
-            begin = None
-            frame: Any
-            for number, frame in enumerate(container.decode(stream)):
-                time = frame.time if frame.time is not None else number / float(stream.guessed_rate or 30)
-                begin = time if begin is None else begin
-                if due is not None and time - begin < due - 1e-3:  # timestamps are rounded to the file's time base
-                    continue
-                due = (0.0 if due is None else due) + 1 / rate
-                due = max(due, time - begin)  # after a gap, go on from there
-                image = frame.to_image()
-                yield time - begin, image.rotate(frame.rotation, expand=True) if frame.rotation else image
-    except (av.error.FFmpegError, EOFError) as error:
-        raise VideoError(f"cannot decode {source}: {error}") from error
-    if due is None:
-        raise VideoError(f"cannot decode {source}: it holds no frames")
+    prediction: list[tuple[str, float]]
 
 
 @torch.no_grad()
-def classify(predictor: Predictor, frames: Iterator[tuple[float, Image.Image]], compiled: bool) -> Iterator[Answer]:
-    """The running answers of a streaming model.
+def classify(
+    predictor: Predictor, frames: Iterator[Frame], rate: float, compiled: bool
+) -> Iterator[tuple[Frame, Answer]]:
+    """Every frame with the answer that stands then; frames that come faster than `rate` a second leave it as it was.
 
     Args:
         predictor: of a `NATStream`.
         frames: from `read_frames`.
+        rate: frames a second for the model.
         compiled: compile the steps, on a GPU into CUDA graphs; the first ones then take long.
 
     Raises:
@@ -92,15 +57,18 @@ def classify(predictor: Predictor, frames: Iterator[tuple[float, Image.Image]], 
     in_chans, height, width = predictor.data_config["input_size"]
     step = torch.compile(model.step, dynamic=False, mode="reduce-overhead") if compiled else model.step
     state = model.init_state(1, height, width)
-    for time, image in frames:
-        begin = perf_counter()
-        frame = predictor.transform(image.convert("L" if in_chans == 1 else "RGB")).to(device)
-        logits, state = step(frame[None, :, None], state)
-        state = state.clone() if compiled else state
-        probability, label = logits[0, -1].float().softmax(-1).max(-1)
-        answer = Answer(time, 0.0, predictor.class_names[int(label)], float(probability))
-        answer.latency = perf_counter() - begin
-        yield answer
+    due = 0.0
+    for frame in frames:
+        time = float(frame.time)
+        if time >= due - 1e-3:  # timestamps are rounded to the file's time base
+            due = max(due + 1 / rate, time)  # after a gap, go on from there
+            begin = perf_counter()
+            pixels = predictor.transform(frame.image.convert("L" if in_chans == 1 else "RGB")).to(device)
+            logits, state = step(pixels[None, :, None], state)
+            state = state.clone() if compiled else state
+            prediction = predictor.most_likely(logits[0, -1].float().softmax(-1))
+            answer = Answer(time, perf_counter() - begin, prediction)
+        yield frame, answer
 
 
 def parse_arguments(arguments: list[str] | None) -> argparse.Namespace:
@@ -111,6 +79,7 @@ def parse_arguments(arguments: list[str] | None) -> argparse.Namespace:
         "--rate", type=float, default=15.0, metavar="FPS", help="frames a second for the model (default: %(default)s)"
     )
     parser.add_argument("--compile", action="store_true", help="with torch.compile")
+    add_annotate_option(parser)
     add_model_options(parser)
     options = parser.parse_args(arguments)
     if options.rate <= 0:
@@ -122,15 +91,21 @@ def main(arguments: list[str] | None = None) -> None:
     """Prints a line per frame; exits with status 2 and one line for what the user can correct."""
     options = parse_arguments(arguments)
     latencies = []
+    printed = None
     try:
+        copy = None if options.annotate is None else copy_paths(options.annotate, [options.video])[0]
         predictor = load(options)
-        for answer in classify(predictor, read_frames(options.video, options.rate), options.compile):
-            latencies.append(answer.latency)
-            print(
-                f"{answer.time:8.2f} s  {1e3 * answer.latency:8.1f} ms  {100 * answer.probability:5.1f} %"
-                f"  {answer.class_name}",
-                flush=True,
-            )
+        with ExitStack() as stack:
+            writer = None if copy is None else stack.enter_context(AnnotatedCopy(copy))
+            for frame, answer in classify(predictor, read_frames(options.video), options.rate, options.compile):
+                if answer is not printed:
+                    latencies.append(answer.latency)
+                    printed = answer
+                    name, probability = answer.prediction[0]
+                    latency = f"{1e3 * answer.latency:8.1f} ms"
+                    print(f"{answer.time:8.2f} s  {latency}  {100 * probability:5.1f} %  {name}", flush=True)
+                if writer is not None:
+                    writer.write(frame, answer.prediction)
     except KeyboardInterrupt:
         pass  # how a live stream ends
     except (ValueError, FileNotFoundError) as error:
@@ -141,6 +116,8 @@ def main(arguments: list[str] | None = None) -> None:
             f"{len(latencies)} frames, latency of a frame: median {1e3 * median(latencies):.1f} ms, "
             f"longest {1e3 * max(latencies):.1f} ms"
         )
+        if copy is not None:
+            print(f"annotated copy in {copy}")
 
 
 if __name__ == "__main__":

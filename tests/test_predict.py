@@ -1,11 +1,13 @@
 """`python -m nat_models.predict`, on models in the registry and on runs of `train.py`."""
 
+import csv
 import re
 import subprocess
 import sys
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import timm
 import torch
@@ -14,11 +16,13 @@ from PIL import Image
 from safetensors.torch import save_file
 from timm.data import ImageNetInfo
 from training_runs import CLASSES, compose_train, train, write_image, write_image_folder
+from video_files import write_video
 
+from nat_models.annotated_copy import draw_prediction, read_frames
 from nat_models.convert import convert
 from nat_models.engine.build import build_evaluation_datamodule
 from nat_models.engine.checkpoint import read_checkpoint
-from nat_models.predict import attention_files, draw_attention, find_images, load_model, load_run, main
+from nat_models.predict import attention_files, draw_attention, find_inputs, load_model, load_run, main
 
 TINY: dict[str, Any] = dict(embed_dim=8, depths=(1, 2), num_heads=(1, 2), kernel_size=3, dilations=[2, [1, 2]])
 TINY_ARGUMENTS = ["--model-kwargs", *(f"{key}={value}".replace(" ", "") for key, value in TINY.items())]
@@ -116,7 +120,7 @@ def test_folders_are_searched_in_natural_order(tmp_path: Path) -> None:
     for name in ("b/10.png", "b/9.PNG", "a.jpg"):
         write_image(tmp_path / name, seed=0)
     (tmp_path / "b" / "notes.txt").write_text("no image")
-    found = find_images([tmp_path / "b", tmp_path / "a.jpg", tmp_path])
+    found = find_inputs([tmp_path / "b", tmp_path / "a.jpg", tmp_path], of_videos=False)
     assert [str(path.relative_to(tmp_path)) for path in found] == [
         "b/9.PNG", "b/10.png", "a.jpg", "a.jpg", "b/9.PNG", "b/10.png"
     ]  # fmt: skip
@@ -144,8 +148,8 @@ def test_one_picture_for_each_image() -> None:
     [
         (["nat_minny", "{image}"], "model='nat_minny' is not a registered model; the nearest names are "),
         (["nat_mini.in2k", "{image}"], "model='nat_mini.in2k'"),
-        (["nat_mini", "nowhere.jpg"], "there is no image 'nowhere.jpg'"),
-        (["nat_mini", "{empty}"], "there are no images (.jpeg, .jpg, .png) in the folder '{empty}'"),
+        (["nat_mini", "nowhere.jpg"], "there is no file 'nowhere.jpg'"),
+        (["{run}", "{empty}"], "there are no images (.jpeg, .jpg, .png) in the folder '{empty}'"),
         (["nat_mini", "{image}", "--checkpoint", "nowhere.pth"], "there is no file 'nowhere.pth'"),
         (["nat_mini", "{image}", "--checkpoint", "{weights}"], "do not fit this NAT; missing keys"),
         (["nat_mini", "{image}", "--checkpoint", "{best}"], "was written by train.py: give it, or its run folder"),
@@ -153,6 +157,7 @@ def test_one_picture_for_each_image() -> None:
         (["{empty}", "{image}"], "there is no checkpoint"),
         (["{image}", "{image}"], "is not a checkpoint of train.py"),
         (["{run}", "{image}", "--checkpoint", "{weights}"], "are for registered models"),
+        (["{run}", "{image}", "--annotate"], "--annotate is for models of videos"),
         (["{run}", "{damaged}"], "cannot decode '{damaged}'"),
         (["{run}", "{image}", "--attention", "--queries", "5,48"], "5,48 is not in the image of 32 x 48"),
     ],
@@ -191,12 +196,76 @@ def test_attention_needs_neighborhoods(image: Path, tmp_path: Path) -> None:
         draw_attention(predictor, predictor.read(image), [(0, 0)], "", tmp_path / "x.png")
 
 
-def test_models_of_clips_are_refused(tmp_path: Path) -> None:
-    config: dict[str, Any] = dict(embed_dim=8, depths=(1,), num_heads=(1,))
-    torch.save(timm.create_model("nat3d_mini", **config).state_dict(), tmp_path / "weights.pth")
-    predictor = load_model("nat3d_mini", tmp_path / "weights.pth", **config)
-    with pytest.raises(ValueError, match="the model takes clips, not images"):
-        predictor.predict(torch.zeros(1, 3, 32, 32))
+CLIPS: dict[str, Any] = dict(embed_dim=8, depths=[1], num_heads=[1], kernel_size=3, num_frames=4)
+
+
+@pytest.fixture(scope="module")
+def video_run(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The run folder of one epoch on small videos of three classes, which lie in `videos/` beside it."""
+    folder = tmp_path_factory.mktemp("video_run")
+    for index in range(6):
+        write_video(folder / "videos" / f"{index}.mp4", 10, size=(72, 48), first_number=20 * index)
+    for name in ("train", "validation"):
+        (folder / f"{name}.csv").write_text("".join(f"videos/{i}.mp4,{'abc'[i % 3]}\n" for i in range(6)))
+    settings = ["experiment=none", "data=video", "data.name=test", f"data.root={folder}", "data.img_size=32"]
+    settings += ["model.model_name=nat3d_mini", "data.batch_size=3", "data.num_workers=0", "trainer.accelerator=cpu"]
+    settings += [f"+model.model_kwargs.{key}={value}".replace(" ", "") for key, value in CLIPS.items()]
+    settings += ["data.sampling.num_frames=4", "data.test_views={clips: 2, crops: 3}", "trainer.max_epochs=1"]
+    settings += ["optim.schedule.warmup_epochs=0", "optim.schedule.cooldown_epochs=0"]
+    train(compose_train(folder / "run", *settings))
+    return folder / "run"
+
+
+def test_a_video_run_predicts_as_it_evaluates(video_run: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    with open(video_run / "predictions.csv", newline="") as file:
+        recorded = list(csv.DictReader(file))
+    main([str(video_run), str(video_run.parent / "videos")])
+    groups = capsys.readouterr().out.strip().split("\n\n")
+    assert len(groups) == len(recorded) == 6
+    for row, group in zip(recorded, groups, strict=True):
+        (percent, name), *others = printed_predictions(group)
+        assert name == "abc"[int(row["predicted"])] and len(others) == 2
+        assert percent == pytest.approx(100 * float(row["probability"]), abs=0.051)
+
+
+def test_annotated_copies_hold_the_prediction_of_the_video(
+    video_run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    videos = [video_run.parent / "videos" / f"{index}.mp4" for index in (1, 4)]
+    main([str(video_run), *map(str, videos), "--annotate", str(tmp_path)])
+    assert capsys.readouterr().out.count("annotated copy in ") == 2
+    predictor = load_run(video_run)
+    for video in videos:
+        prediction = predictor.predict(predictor.read(video))
+        frames = list(read_frames(str(video)))
+        copied = list(read_frames(str(tmp_path / f"{video.stem}_annotated.mp4")))
+        for frame, copy in zip(frames, copied, strict=True):
+            expected = np.asarray(draw_prediction(frame.image, prediction), int)
+            assert copy.time == frame.time and np.abs(np.asarray(copy.image, int) - expected).mean() < 3
+
+
+def test_inputs_of_models_of_clips(video_run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    write_image(tmp_path / "frames" / "1.jpg", seed=0)
+    video = video_run.parent / "videos" / "0.mp4"
+    assert find_inputs([tmp_path / "frames", video], of_videos=True) == [tmp_path / "frames", video]
+    main([str(video_run), str(tmp_path / "frames")])
+    assert len(printed_predictions(capsys.readouterr().out)) == 3
+    both = [str(video), str(video)]
+    for arguments, message in (
+        ([str(tmp_path / "frames" / "1.jpg")], "the model takes videos, not images such as"),
+        ([str(video), "--attention"], "--attention is for models of images"),
+        ([*both, "--annotate", str(tmp_path / "one.mp4")], "more than one video would be copied to"),
+    ):
+        with pytest.raises(SystemExit, match="2"):
+            main([str(video_run), *arguments])
+        assert message in capsys.readouterr().err
+
+
+def test_a_registered_model_of_clips_takes_its_number_of_frames(tmp_path: Path) -> None:
+    torch.save(timm.create_model("nat3d_mini", **CLIPS).state_dict(), tmp_path / "weights.pth")
+    predictor = load_model("nat3d_mini", tmp_path / "weights.pth", **CLIPS)
+    video = write_video(tmp_path / "video.mp4", 12)
+    assert predictor.read(video).shape == (12, 3, 4, 224, 224)
 
 
 def test_weights_without_a_head_are_no_classifier(tmp_path: Path) -> None:

@@ -3,18 +3,23 @@
 import re
 import subprocess
 import sys
+from fractions import Fraction
 from pathlib import Path
 from typing import Any
 
+import av
+import numpy as np
 import pytest
 import timm
 import torch
+from PIL import Image
 from safetensors.torch import save_file
-from video_files import write_video
+from video_files import SIZE, rotate_display, write_video
 
+from nat_models.annotated_copy import draw_prediction, read_frames
 from nat_models.data.video.decoding import VideoError, open_video
 from nat_models.predict import load_model
-from nat_models.stream import classify, main, read_frames
+from nat_models.stream import classify, main
 
 TINY: dict[str, Any] = dict(embed_dim=8, depths=(1, 1), num_heads=(1, 2), kernel_size=3, num_frames=6)
 TINY_ARGUMENTS = ["--model-kwargs", *(f"{key}={value}".replace(" ", "") for key, value in TINY.items())]
@@ -35,26 +40,29 @@ def video(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return write_video(tmp_path_factory.mktemp("video") / "video.mp4", num_frames=12, rate=30)
 
 
-def test_frames_come_in_order_at_the_rate(video: Path) -> None:
-    frames = list(read_frames(str(video), 15))
-    assert [time for time, _ in frames] == pytest.approx([i / 15 for i in range(6)], abs=1e-3)
-    expected = open_video(video).frames_at([time for time, _ in frames])
-    for (_, image), frame in zip(frames, expected, strict=True):
-        actual = torch.frombuffer(bytearray(image.tobytes()), dtype=torch.uint8).view(image.height, image.width, 3)
-        assert (actual.int() - frame.permute(1, 2, 0).int()).abs().float().mean() < 2
-    assert len(list(read_frames(str(video), 1000))) == 12
+def test_frames_come_in_order(video: Path) -> None:
+    frames = list(read_frames(str(video)))
+    assert [float(frame.time) for frame in frames] == pytest.approx([i / 30 for i in range(12)], abs=1e-3)
+    expected = open_video(video).frames_at([float(frame.time) + 1e-3 for frame in frames])
+    for frame, pixels in zip(frames, expected, strict=True):
+        assert (torch.from_numpy(np.array(frame.image)).int() - pixels.permute(1, 2, 0).int()).abs().float().mean() < 2
 
 
 def test_answers_are_those_of_the_whole_clip(video: Path, weights: Path) -> None:
     predictor = load_model("nat_stream_tiny", weights, **TINY)
-    answers = list(classify(predictor, read_frames(str(video), 10), compiled=False))
-    clip = torch.stack([predictor.transform(image) for _, image in read_frames(str(video), 10)], 1)[None]
+    answer_of_frame = [answer for _, answer in classify(predictor, read_frames(str(video)), 10, compiled=False)]
+    answers = answer_of_frame[::3]
+    assert answer_of_frame == [answer for answer in answers for _ in range(3)]
+    taken = list(read_frames(str(video)))[::3]
+    assert [answer.time for answer in answers] == [float(frame.time) for frame in taken]
+    clip = torch.stack([predictor.transform(frame.image) for frame in taken], 1)[None]
     with torch.no_grad():
         probabilities = predictor.model.forward_frames(clip)[0].softmax(-1)
     assert len(answers) == len(probabilities) == 4
     for answer, expected in zip(answers, probabilities, strict=True):
-        assert answer.class_name == predictor.class_names[int(expected.argmax())]
-        assert answer.probability == pytest.approx(expected.max().item(), rel=1e-3) and answer.latency > 0
+        values, labels = expected.topk(5)
+        assert [name for name, _ in answer.prediction] == [predictor.class_names[label] for label in labels.tolist()]
+        assert [p for _, p in answer.prediction] == pytest.approx(values.tolist(), rel=1e-3) and answer.latency > 0
 
 
 def test_command(video: Path, weights: Path) -> None:
@@ -64,6 +72,68 @@ def test_command(video: Path, weights: Path) -> None:
     *lines, summary = result.stdout.splitlines()
     assert len(lines) == 6 and all(re.fullmatch(r" +\d\.\d\d s +[\d.]+ ms +[\d.]+ %  [0-6]", line) for line in lines)
     assert summary.startswith("6 frames, latency of a frame: median ")
+
+
+VARIABLE = [0, 1, 5, 6, 20, 21, 22, 50, 51, 60]  # in 1/90 s
+
+
+@pytest.mark.parametrize(
+    ("name", "settings", "rotated"),
+    [
+        ("even.mp4", dict(rate=Fraction(30000, 1001)), False),
+        ("rotated.mp4", dict(size=SIZE), True),
+        ("odd.mkv", dict(size=(321, 243), pixel_format="yuv444p"), False),
+        ("variable.mp4", dict(timestamps=VARIABLE, time_base=Fraction(1, 90)), False),
+        ("other.avi", dict(codec="mpeg4"), False),
+        ("single.mp4", dict(num_frames=1), False),
+    ],
+)
+def test_annotated_copy_frame_by_frame(
+    name: str, settings: dict[str, Any], rotated: bool, weights: Path, tmp_path: Path
+) -> None:
+    source = write_video(tmp_path / name, **{"num_frames": 10, "size": (320, 240), "first_number": 3} | settings)
+    if rotated:
+        rotate_display(source)
+    command = ["nat_stream_tiny", str(source), "--checkpoint", str(weights), *TINY_ARGUMENTS]
+    main([*command, "--rate", "12", "--annotate", str(tmp_path / "out")])
+    copied = list(read_frames(str(tmp_path / "out" / f"{source.stem}_annotated.mp4")))
+    predictor = load_model("nat_stream_tiny", weights, **TINY)
+    expected = list(classify(predictor, read_frames(str(source)), 12, compiled=False))
+    assert len({str(answer.prediction) for _, answer in expected}) > 1 or len(expected) == 1
+    for copy, (frame, _) in zip(copied, expected, strict=True):
+        assert copy.time == frame.time
+        width, height = frame.image.size
+        assert copy.image.size == (width + width % 2, height + height % 2)
+    with av.open(str(tmp_path / "out" / f"{source.stem}_annotated.mp4")) as container:
+        (stream,) = container.streams
+        assert stream.codec_context.name == "h264" and stream.codec_context.pix_fmt == "yuv420p"
+        assert float(stream.duration * stream.time_base) == pytest.approx(open_video(source).duration, abs=0.04)
+    drawn = [np.asarray(draw_prediction(frame.image, answer.prediction), int) for frame, answer in expected]
+    for index, copy in enumerate(copied):
+        pixels = np.asarray(copy.image, int)[: drawn[index].shape[0], : drawn[index].shape[1]]
+        distances = [np.abs(pixels - other).mean() for other in drawn]
+        assert distances[index] < 2.5 and distances[index] <= min(distances)
+
+
+def test_prediction_is_drawn_in_the_corner_and_nowhere_else() -> None:
+    image = Image.new("RGB", (200, 100), (90, 120, 150))
+    prediction = [("cat", 0.5), ("dög", 0.25), ("bird", 0.125)]
+    pixels = np.asarray(draw_prediction(image, prediction), int)
+    rows, columns = np.nonzero(np.abs(pixels - (90, 120, 150)).sum(-1))
+    assert rows.min() == columns.min() == 0 and rows.max() < 50 and columns.max() < 100
+    assert pixels.max() > 240  # letters
+    few = np.asarray(draw_prediction(image.resize((200, 24)), prediction), int)
+    assert np.abs(few[:, 110:] - (90, 120, 150)).max() == 0  # one line of the three fits
+    others = [np.asarray(draw_prediction(image, [("cat", p)]), int) for p in (0.5, 0.4)]
+    assert np.abs(others[0] - others[1]).max() > 100
+
+
+def test_a_copy_does_not_overwrite_its_video(video: Path, weights: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    content = video.read_bytes()
+    command = ["nat_stream_tiny", str(video), "--checkpoint", str(weights), *TINY_ARGUMENTS]
+    with pytest.raises(SystemExit, match="2"):
+        main([*command, "--annotate", str(video)])
+    assert "the copy would overwrite" in capsys.readouterr().err and video.read_bytes() == content
 
 
 def test_mistakes_are_named(video: Path, weights: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -85,4 +155,4 @@ def test_mistakes_are_named(video: Path, weights: Path, tmp_path: Path, capsys: 
             main(arguments)
         assert message in capsys.readouterr().err
     with pytest.raises(VideoError, match="cannot decode"):
-        list(read_frames(str(tmp_path / "missing.mp4"), 15))
+        list(read_frames(str(tmp_path / "missing.mp4")))

@@ -1,0 +1,168 @@
+"""Frames of a video one after the other, and a copy of it with a prediction drawn into each."""
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from fractions import Fraction
+from functools import cached_property
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+import numpy as np
+from matplotlib import get_data_path
+from PIL import Image, ImageDraw, ImageFont
+
+from nat_models.data.video.decoding import VideoError, check_decoder
+
+FONT = f"{get_data_path()}/fonts/ttf/DejaVuSans.ttf"  # with more letters than Pillow's own
+
+Prediction = Sequence[tuple[str, float]]
+"""Classes with their probabilities, most likely first."""
+
+
+@dataclass
+class Frame:
+    """A decoded frame.
+
+    Attributes:
+        decoded: PyAV's frame.
+        time: in seconds from the first frame.
+        time_base: unit of the video's timestamps, in seconds.
+        rate: frames per second of the video, by and large.
+    """
+
+    decoded: Any
+    time: Fraction
+    time_base: Fraction
+    rate: Fraction
+
+    @cached_property
+    def image(self) -> Image.Image:
+        """The picture in RGB, upright as the file asks for."""
+        image = self.decoded.to_image()
+        return image.rotate(self.decoded.rotation, expand=True) if self.decoded.rotation else image
+
+
+def read_frames(source: str) -> Iterator[Frame]:
+    """Decodes all frames of a video: whatever FFmpeg opens.
+
+    Raises:
+        ValueError: PyAV is missing.
+        VideoError: the video cannot be opened or decoded, or holds no frames.
+    """
+    check_decoder("pyav")
+    import av
+
+    begin = None
+    try:
+        with av.open(source) as container:
+            stream: Any = container.streams.best("video")
+            if stream is None:
+                raise VideoError(f"cannot decode {source}: it holds no video")
+            rate = Fraction(stream.average_rate or stream.guessed_rate or 30)
+            decoded: Any
+            for number, decoded in enumerate(container.decode(stream)):
+                if decoded.pts is None:  # raw streams have no timestamps
+                    time = number / rate
+                else:
+                    time = decoded.pts * stream.time_base
+                begin = time if begin is None else begin
+                yield Frame(decoded, time - begin, stream.time_base, rate)
+    except (av.error.FFmpegError, EOFError) as error:
+        raise VideoError(f"cannot decode {source}: {error}") from error
+    if begin is None:
+        raise VideoError(f"cannot decode {source}: it holds no frames")
+
+
+def copy_paths(target: str | Path, sources: Sequence[str | Path]) -> list[Path]:
+    """Where each video's copy goes: `target` itself if it ends in `.mp4`, else `target/NAME_annotated.mp4`.
+
+    Raises:
+        ValueError: two videos would share a copy, or a copy would overwrite a video.
+    """
+    target = Path(target)
+    paths = [target if target.suffix == ".mp4" else target / f"{Path(s).stem}_annotated.mp4" for s in sources]
+    shared = next((path for path in paths if paths.count(path) > 1), None)
+    if shared is not None:
+        raise ValueError(f"--annotate={str(target)!r}: more than one video would be copied to {str(shared)!r}")
+    originals = {Path(source).resolve() for source in sources}
+    overwritten = next((path for path in paths if path.resolve() in originals), None)
+    if overwritten is not None:
+        raise ValueError(f"--annotate={str(target)!r}: the copy would overwrite {str(overwritten)!r}")
+    return paths
+
+
+class AnnotatedCopy:
+    """An H.264 file, without sound, of the frames that are written to it, each at its own time.
+
+    Sides are those of the upright frames; an odd one gains a row or column, which repeats the last, since H.264 in the
+    common pixel format (4:2:0) has even sides. Use it as a context: an error removes the unfinished file.
+
+    Args:
+        path: file to write, which ends in `.mp4`; its folder is created if missing.
+    """
+
+    def __init__(self, path: Path) -> None:
+        import av
+
+        path.parent.mkdir(parents=True, exist_ok=True)
+        self.path = path
+        self._container = av.open(str(path), "w")
+        self._stream: Any = None
+        self._last = -1
+
+    def write(self, frame: Frame, prediction: Prediction) -> None:
+        """Adds a frame with a prediction."""
+        import av
+
+        image = np.asarray(draw_prediction(frame.image, prediction))
+        if self._stream is None:
+            self._open_stream(image, frame)
+        height, width = self._stream.height, self._stream.width
+        image = image[:height, :width]  # should the size change within the video
+        image = np.pad(image, ((0, height - image.shape[0]), (0, width - image.shape[1]), (0, 0)), "edge")
+        encoded = av.VideoFrame.from_ndarray(image, format="rgb24")
+        # Timestamps of a damaged file may stand still, which no encoder takes.
+        self._last = max(round(frame.time / frame.time_base), self._last + 1)
+        encoded.pts, encoded.time_base = self._last, frame.time_base
+        self._container.mux(self._stream.encode(encoded))
+
+    def _open_stream(self, image: np.ndarray, frame: Frame) -> None:
+        height, width, _ = image.shape
+        # Frames have times of their own; only the last one's duration follows from the rate.
+        self._stream = self._container.add_stream("libx264", rate=frame.rate, options={"crf": "18"})
+        self._stream.height, self._stream.width = height + height % 2, width + width % 2
+        self._stream.pix_fmt = "yuv420p"
+        self._stream.codec_context.time_base = frame.time_base
+
+    def __enter__(self) -> "AnnotatedCopy":
+        return self
+
+    def __exit__(
+        self, error_type: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        if self._stream is not None:
+            self._container.mux(self._stream.encode())
+        self._container.close()
+        if error_type is not None and not issubclass(error_type, KeyboardInterrupt):  # how a live stream ends
+            self.path.unlink()
+
+
+def draw_prediction(image: Image.Image, prediction: Prediction) -> Image.Image:
+    """The image with a line for each class on a dark box in its upper left corner; lines that do not fit are left out.
+
+    Letters are a twentieth of the image's height, and at least nine pixels high.
+    """
+    size = max(image.height / 20, 9)
+    font = ImageFont.truetype(FONT, size)
+    margin = round(size / 2)
+    step = round(1.3 * size)
+    lines = [f"{100 * probability:.1f} %  {name}" for name, probability in prediction]
+    lines = lines[: max((image.height - 2 * margin) // step, 1)]
+    box = Image.new("RGBA", image.size)
+    draw = ImageDraw.Draw(box)
+    width = 2 * margin + max(draw.textlength(line, font) for line in lines)
+    draw.rectangle((0, 0, width, 2 * margin + step * len(lines)), fill=(0, 0, 0, 160))
+    for number, line in enumerate(lines):
+        draw.text((margin, margin + number * step), line, "white", font)
+    return Image.alpha_composite(image.convert("RGBA"), box).convert("RGB")
