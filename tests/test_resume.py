@@ -2,8 +2,11 @@
 
 import csv
 import importlib
+import json
 import os
+import random
 import resource
+import runpy
 import signal
 import sys
 import traceback
@@ -14,10 +17,12 @@ from unittest.mock import patch
 
 import pytest
 import torch.utils.tensorboard  # noqa: F401  here, for all forked processes
-from training_runs import REPOSITORY, compose_train, train
+from training_runs import REPOSITORY, compose_train, train, write_image
+from video_files import write_video
 
 from nat_models.checkpoints import read_file
-from nat_models.data import ImageDataModule
+from nat_models.data import ImageDataModule, VideoDataModule
+from nat_models.engine import evaluation, plots
 from nat_models.engine.callbacks import UndecodableCount
 from nat_models.engine.checkpoint import read_checkpoint
 from nat_models.engine.checkpoint_io import VerifiedCheckpointIO
@@ -51,16 +56,31 @@ def in_child(run_dir: Path, *overrides: str, prepare: Callable[[], None] = lambd
         overrides: of the config.
         prepare: called in the process first.
     """
-    sys.path.insert(0, str(REPOSITORY))
-    script = importlib.import_module("train")
-    sys.path.remove(str(REPOSITORY))
+    return forked(lambda: train(compose_train(run_dir, *overrides)), prepare)
+
+
+def command_in_child(folder: Path, *arguments: str, prepare: Callable[[], None] = lambda: None) -> int:
+    """The same for the command `python train.py ARGUMENTS` in a folder."""
+
+    def command() -> None:
+        os.chdir(folder)
+        evaluation.save_evaluation = plots.plot_curves = lambda *_: None
+        with patch.object(sys, "argv", [str(REPOSITORY / "train.py"), *arguments]):
+            runpy.run_path(sys.argv[0], run_name="__main__")
+
+    return forked(command, prepare)
+
+
+def forked(function: Callable[[], object], prepare: Callable[[], None]) -> int:
+    with patch.object(sys, "path", [str(REPOSITORY), *sys.path]):
+        script = importlib.import_module("train")
     child = os.fork()
     if child == 0:
         status = 1
         try:
             prepare()
             with patch.object(script, "save_evaluation"), patch.object(script, "plot_curves"):
-                train(compose_train(run_dir, *overrides))
+                function()
             status = 0
         except SystemExit as exit_error:
             status = exit_error.code  # type: ignore[assignment]
@@ -134,6 +154,79 @@ def test_every_setting_goes_on_exactly(tmp_path, reference, variant, step):
     other_workers = ["data.num_workers=1"] if variant == "workers" else []
     assert in_child(run_dir, *SMALL, *VARIANTS[variant], *other_workers, "ckpt_path=auto") == 0
     assert differences(reference(variant), run_dir) == []
+
+
+def test_killed_at_a_random_moment(tmp_path, reference):
+    run_dir, seed = tmp_path / "run", random.randrange(1 << 32)
+    print("seed", seed)
+    seconds = random.Random(seed).uniform(0, 2)
+    # The timer's signal, which nothing handles, ends the process as abruptly as SIGKILL.
+
+    def prepare() -> None:
+        signal.signal(signal.SIGALRM, signal.SIG_DFL)
+        signal.setitimer(signal.ITIMER_REAL, seconds)
+
+    status = in_child(run_dir, *SMALL, prepare=prepare)
+    assert status in (0, -signal.SIGALRM)
+    assert in_child(run_dir, *SMALL, "ckpt_path=auto") == 0
+    assert differences(reference("plain"), run_dir) == []
+
+
+def test_auto_finds_the_newest_unfinished_run_with_these_settings(tmp_path, reference, capfd):
+    kill = at_call(6, ClassificationModule, "training_step")
+    for other in ([], ["seed=1"]):
+        assert command_in_child(tmp_path, *SMALL, *other, prepare=kill) == -signal.SIGKILL
+    unfinished, _ = runs = sorted((tmp_path / "runs" / "none").iterdir())
+    assert command_in_child(tmp_path, *SMALL, "ckpt_path=auto") == 0
+    assert f"going on from {unfinished}/checkpoints/last.ckpt (epoch 0, batch 3)" in capfd.readouterr().out
+    assert sorted((tmp_path / "runs" / "none").iterdir()) == runs
+    assert differences(reference("plain"), unfinished) == []
+    assert len(json.loads((unfinished / "manifest.json").read_text())["resumed"]) == 1
+
+    (unfinished / "results.json").write_text("{}")  # which is written at the end
+    assert command_in_child(tmp_path, *SMALL, "ckpt_path=auto", prepare=kill) == -signal.SIGKILL
+    assert "runs/none holds no unfinished run with these settings; starting anew" in capfd.readouterr().out
+    assert len(list((tmp_path / "runs" / "none").iterdir())) == 3
+
+
+def shards(folder: Path) -> ImageDataModule:
+    wds = pytest.importorskip("webdataset")
+    for name in range(4):
+        with wds.TarWriter(str(folder / f"{name}.tar")) as shard:
+            for index in range(6):
+                write_image(folder / "image.jpg", 10 * name + index)
+                content = (folder / "image.jpg").read_bytes()
+                shard.write({"__key__": f"{name}{index}", "jpg": content, "cls": str(index % 3)})
+    splits = {"train_split": "{0..3}.tar|24", "val_split": "0.tar|6", "num_classes": 3}
+    return ImageDataModule("wds/shards", str(folder), img_size=16, batch_size=3, num_workers=2, **splits)
+
+
+def videos(folder: Path) -> VideoDataModule:
+    for index in range(8):
+        write_video(folder / f"{index}.mp4", 12, size=(32, 32))
+    (folder / "train.csv").write_text("".join(f"{index}.mp4,{index % 2}\n" for index in range(8)))
+    (folder / "validation.csv").write_text("0.mp4,0\n1.mp4,1\n")
+    sampling = {"num_frames": 2, "stride": 2}
+    return VideoDataModule("list", str(folder), sampling=sampling, img_size=16, batch_size=2, repeats=2)
+
+
+@pytest.mark.parametrize("create", [shards, videos])
+def test_data_goes_on_within_an_epoch(tmp_path, create):
+    data = create(tmp_path)
+    data.setup("fit")
+    loader = data.train_dataloader()
+    for epoch in (0, 1):
+        for stateful in (loader.sampler, loader.dataset):
+            getattr(stateful, "set_epoch", lambda _: None)(epoch)
+        batches = list(loader)
+    assert len(batches) == 8
+    resumed = create(tmp_path)
+    resumed.setup("fit")
+    resumed.start = (1, 5)
+    rest = list(resumed.train_dataloader())
+    assert len(rest) == 3
+    for (images, labels), (expected_images, expected_labels) in zip(rest, batches[5:], strict=True):
+        assert torch.equal(images, expected_images) and torch.equal(labels, expected_labels)
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1])

@@ -10,7 +10,7 @@ from torch.utils.data import DataLoader
 
 from nat_models.data.datasets import DecodedImages, class_names, create_source, is_streamed, read_undecodable
 from nat_models.data.device_transforms import DeviceTransform, RandomErasing
-from nat_models.data.seeding import SeededSamples, SeededStream, TrainingSampler
+from nat_models.data.seeding import SeededSamples, SeededStream, StreamLoader, TrainingSampler
 from nat_models.data.transforms import create_transform
 
 
@@ -115,15 +115,16 @@ class ImageDataModule(lightning.LightningDataModule):
     def train_dataloader(self) -> DataLoader:
         epoch, start = self.start
         if is_streamed(self.dataset_name):
-            stream = SeededStream(self.train_dataset, self.batch_size, self.seed, epoch, start)
-            # The order within a stream is drawn when a worker starts, so each epoch starts its workers anew.
-            return self._loader(stream, self.batch_size, generator=stream.generator, drop_last=True)
-        return self._loader(
+            stream = SeededStream(self.train_dataset, self.seed, epoch, start)
+            return StreamLoader(
+                stream, drop_last=True, generator=stream.generator, **self._loader_settings(self.batch_size)
+            )
+        return DataLoader(
             SeededSamples(self.train_dataset, self.seed),
-            self.batch_size,
             sampler=TrainingSampler(self.train_dataset, self.batch_size, self.seed, epoch, start),
             drop_last=True,
             persistent_workers=self.num_workers > 0,
+            **self._loader_settings(self.batch_size),
         )
 
     def val_dataloader(self) -> DataLoader:
@@ -131,8 +132,11 @@ class ImageDataModule(lightning.LightningDataModule):
         if torch.distributed.is_initialized() and not is_streamed(self.dataset_name):
             # Lightning's default sampler repeats images until the ranks have equally many, which changes the score.
             sampler = UnrepeatedDistributedSampler(self.val_dataset, shuffle=False)
-        return self._loader(
-            self.val_dataset, self.eval_batch_size, sampler=sampler, persistent_workers=self.num_workers > 0
+        return DataLoader(
+            self.val_dataset,
+            sampler=sampler,
+            persistent_workers=self.num_workers > 0,
+            **self._loader_settings(self.eval_batch_size),
         )
 
     def test_dataloader(self) -> DataLoader:
@@ -196,9 +200,8 @@ class ImageDataModule(lightning.LightningDataModule):
             return source
         return DecodedImages(source, transform, self._mode, is_training, self.undecodable_list if is_training else None)
 
-    def _loader(self, dataset: Any, batch_size: int, **settings: Any) -> DataLoader:
-        pin_memory = torch.cuda.is_available()
-        return DataLoader(dataset, batch_size, num_workers=self.num_workers, pin_memory=pin_memory, **settings)
+    def _loader_settings(self, batch_size: int) -> dict[str, Any]:
+        return {"batch_size": batch_size, "num_workers": self.num_workers, "pin_memory": torch.cuda.is_available()}
 
 
 def split_augmentation(augmentation: dict[str, Any] | None) -> tuple[dict[str, Any], RandomErasing | None]:

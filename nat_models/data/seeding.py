@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch.utils.data import Dataset, DistributedSampler, IterableDataset, get_worker_info
+from torch.utils.data import DataLoader, Dataset, DistributedSampler, IterableDataset, get_worker_info
 
 ORDER, SAMPLE, BATCH = range(3)  # what is drawn: the first number of a key
 
@@ -96,20 +96,18 @@ class TrainingSampler(DistributedSampler):
 class SeededStream(IterableDataset):
     """A streamed dataset of timm, before each of whose samples the generators are seeded.
 
-    It goes on in the middle of an epoch by reading what comes before and dropping it. That is exact with the same
-    number of worker processes, of which there must be one at least: timm's readers draw the order of samples from
-    their workers' seeds, which the loader draws from `generator`.
+    timm's readers draw the order of samples from the seeds of worker processes, of which there must be one at least;
+    the loader draws those from `generator`. So the samples are the same ones again with the same number of workers, if
+    each epoch starts its workers anew.
 
     Args:
         stream: timm's `IterableImageDataset`.
-        batch_size: samples in a batch of this process.
         seed: of the run.
-        epoch, start: the first epoch, and the batch that it starts with.
+        epoch, start: the first epoch, and the batch that `StreamLoader` starts it with.
     """
 
-    def __init__(self, stream: Any, batch_size: int, seed: int, epoch: int = 0, start: int = 0) -> None:
+    def __init__(self, stream: Any, seed: int, epoch: int = 0, start: int = 0) -> None:
         self.stream = stream
-        self.batch_size = batch_size
         self.seed = seed
         self.generator = torch.Generator()
         self._go_to(epoch, start)
@@ -124,20 +122,27 @@ class SeededStream(IterableDataset):
 
     def __iter__(self) -> Iterator[Any]:
         worker = get_worker_info()
-        worker_id, num_workers = (worker.id, worker.num_workers) if worker else (0, 1)
-        dropped = self.batch_size * len(range(worker_id, self.start, num_workers))
         samples = iter(self.stream)
         for position in count():
-            seed_generators(SAMPLE, self.seed, self.epoch, self._rank, worker_id, position)
+            seed_generators(SAMPLE, self.seed, self.epoch, self._rank, worker.id if worker else 0, position)
             try:
                 sample = next(samples)
             except StopIteration:
                 return
-            if position >= dropped:
-                yield sample
+            yield sample
 
     def _go_to(self, epoch: int, start: int) -> None:
         self.epoch, self.start = epoch, start
         self.stream.set_epoch(epoch)
         self._rank = torch.distributed.get_rank() if torch.distributed.is_initialized() else 0
         self.generator.manual_seed(int(np.random.SeedSequence((ORDER, self.seed, epoch)).generate_state(1)[0]))
+
+
+class StreamLoader(DataLoader):
+    """A loader of a `SeededStream`, which goes on in the middle of an epoch by dropping the batches before."""
+
+    def __iter__(self) -> Any:
+        batches = super().__iter__()
+        for _ in range(self.dataset.start):  # type: ignore[attr-defined]
+            next(batches)
+        return batches
