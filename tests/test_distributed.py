@@ -17,7 +17,7 @@ from nat_models.engine.build import build_trainer
 from nat_models.engine.run_folder import launch_time
 from nat_models.engine.sharding import FullyShardedStrategy
 
-TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2"]
+TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
 # A tiny model without random layers; the augmentation is a function of the sample, not of the process.
 TINY = ["model.model_kwargs.depths=[1,1]", "model.model_kwargs.embed_dim=16", "model.model_kwargs.num_heads=[1,2]"]
 TINY += ["model.model_kwargs.drop_path_rate=0", "trainer.max_epochs=2", "optim.schedule.warmup_epochs=1"]

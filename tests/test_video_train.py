@@ -174,7 +174,7 @@ def test_train_then_evaluate_on_one_and_two_processes(videos, tmp_path, capsys):
     assert "Decoder" in output and "PyAV" in output and "one frame repeated" in output
     recorded = json.loads((run_dir / "results.json").read_text())
     assert recorded["images"] == 11 and 0 <= recorded["top1_without_motion"] <= 1
-    torchrun = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2"]
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
     two = ["trainer.devices=2", "data.eval_batch_size=2", f"output_dir={tmp_path / 'two'}"]
     process = run(tmp_path, "eval.py", f"run={run_dir}", *two, launcher=torchrun)
     assert process.returncode == 0, process.stderr
