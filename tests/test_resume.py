@@ -229,15 +229,24 @@ def test_data_goes_on_within_an_epoch(tmp_path, create):
         assert torch.equal(images, expected_images) and torch.equal(labels, expected_labels)
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1])
-def test_preempted(tmp_path, reference, capfd, number):
+@pytest.mark.parametrize(("number", "num_workers"), [(signal.SIGTERM, 0), (signal.SIGUSR1, 1)])
+def test_preempted(tmp_path, reference, capfd, number, num_workers):
     run_dir = tmp_path / "run"
-    prepare = at_call(5, ClassificationModule, "training_step", lambda *_: os.kill(os.getpid(), number))
-    assert in_child(run_dir, *SMALL, prepare=prepare) == 75
+
+    def prepare() -> None:
+        os.setpgrp()
+        at_call(5, ClassificationModule, "training_step", lambda *_: os.killpg(0, number))()
+
+    assert in_child(run_dir, *SMALL, f"data.num_workers={num_workers}", prepare=prepare) == 75
     assert f"stopped by {number.name} after step 5" in capfd.readouterr().out
     assert in_child(run_dir, *SMALL, "ckpt_path=auto") == 0
     assert "(epoch 0, batch 5)" in capfd.readouterr().out
     assert differences(reference("plain"), run_dir) == []
+
+
+def test_preempted_outside_of_training(tmp_path):
+    prepare = at_call(1, ClassificationModule, "configure_optimizers", lambda *_: os.kill(os.getpid(), signal.SIGTERM))
+    assert in_child(tmp_path / "run", *SMALL, prepare=prepare) == 75
 
 
 def test_damaged_checkpoints(tmp_path, reference, capfd):

@@ -12,6 +12,7 @@ from nat_models.data.datasets import DecodedImages, class_names, create_source, 
 from nat_models.data.device_transforms import DeviceTransform, RandomErasing
 from nat_models.data.seeding import SeededSamples, SeededStream, StreamLoader, TrainingSampler
 from nat_models.data.transforms import create_transform
+from nat_models.data.workers import ignore_preemption
 
 
 class ImageDataModule(lightning.LightningDataModule):
@@ -201,7 +202,12 @@ class ImageDataModule(lightning.LightningDataModule):
         return DecodedImages(source, transform, self._mode, is_training, self.undecodable_list if is_training else None)
 
     def _loader_settings(self, batch_size: int) -> dict[str, Any]:
-        return {"batch_size": batch_size, "num_workers": self.num_workers, "pin_memory": torch.cuda.is_available()}
+        return {
+            "batch_size": batch_size,
+            "num_workers": self.num_workers,
+            "worker_init_fn": ignore_preemption,
+            "pin_memory": torch.cuda.is_available(),
+        }
 
 
 def split_augmentation(augmentation: dict[str, Any] | None) -> tuple[dict[str, Any], RandomErasing | None]:

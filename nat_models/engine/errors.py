@@ -1,16 +1,19 @@
 """One clear line for what a user can correct; tracebacks stay for bugs."""
 
 import os
+import signal
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
+from types import FrameType
 
 from hydra.errors import InstantiationException
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from omegaconf.errors import OmegaConfBaseException
 
 from nat_models.data import UndecodableImageError, VideoError
+from nat_models.data.workers import PREEMPTION_SIGNALS
 
 PREEMPTED_STATUS = 75  # EX_TEMPFAIL of sysexits.h: the same command, later, may go on
 
@@ -24,7 +27,7 @@ class CheckpointWriteError(RuntimeError):
 
 
 class Preempted(Exception):
-    """A signal asked the run to stop, and it has saved its state."""
+    """A signal asked the run to stop, and there is nothing left to save."""
 
 
 SETUP_ERRORS: tuple[type[Exception], ...] = (
@@ -42,10 +45,11 @@ RUN_ERRORS: tuple[type[Exception], ...] = (*DATA_ERRORS, NonFiniteStepsError, Ch
 def exit_on(error_types: tuple[type[Exception], ...], run_dir: Path | None = None) -> Iterator[None]:
     """Turns errors of these types into `error: ...` on stderr and exit status 2, and removes `run_dir` if it is empty.
 
-    A run that was preempted ends with status 75, whatever the types.
+    A run that is preempted ends with status 75, at once where it has no handlers of its own for the signals.
 
     `HYDRA_FULL_ERROR=1` in the environment keeps the traceback, as it does for Hydra's own errors.
     """
+    handlers = {number: signal.signal(number, _preempt) for number in PREEMPTION_SIGNALS}
     try:
         yield
     except Preempted:
@@ -58,6 +62,13 @@ def exit_on(error_types: tuple[type[Exception], ...], run_dir: Path | None = Non
                 run_dir.rmdir()
         print(f"error: {message_of(error)}", file=sys.stderr, flush=True)
         raise SystemExit(2) from None
+    finally:
+        for number, handler in handlers.items():
+            signal.signal(number, handler)
+
+
+def _preempt(number: int, frame: FrameType | None) -> None:
+    raise Preempted
 
 
 def message_of(error: BaseException) -> str:

@@ -10,12 +10,11 @@ import lightning
 from lightning.pytorch.callbacks import Callback
 from lightning.pytorch.loggers import TensorBoardLogger
 
+from nat_models.data.workers import PREEMPTION_SIGNALS
 from nat_models.engine.checkpoint_io import LAST
 from nat_models.engine.errors import Preempted
 from nat_models.engine.files import remove_temporaries
 from nat_models.engine.position import Position
-
-SIGNALS = (signal.SIGTERM, signal.SIGUSR1)
 
 
 class LastCheckpoint(Callback):
@@ -62,7 +61,7 @@ class LastCheckpoint(Callback):
         if self._begins_epoch:
             trainer.fit_loop.epoch_loop.restarting = False
         self._saved_at = time.monotonic()
-        self._handlers = {number: signal.signal(number, self._on_signal) for number in SIGNALS}
+        self._handlers = {number: signal.signal(number, self._on_signal) for number in PREEMPTION_SIGNALS}
 
     def on_train_batch_end(
         self, trainer: lightning.Trainer, pl_module: lightning.LightningModule, outputs: Any, batch: Any, batch_idx: int

@@ -20,6 +20,7 @@ from nat_models.data.video.decoding import check_decoder, decoder_version
 from nat_models.data.video.moving_digits import write_moving_digits
 from nat_models.data.video.sampling import Sampling
 from nat_models.data.video.transforms import evaluation_transform, training_transform
+from nat_models.data.workers import ignore_preemption
 
 
 class VideoDataModule(lightning.LightningDataModule):
@@ -258,6 +259,7 @@ class VideoDataModule(lightning.LightningDataModule):
     def _workers(self) -> dict[str, Any]:
         return {
             "num_workers": self.num_workers,
+            "worker_init_fn": ignore_preemption,
             "pin_memory": torch.cuda.is_available(),
             "persistent_workers": self.num_workers > 0,
         }
