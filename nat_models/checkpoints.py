@@ -11,7 +11,9 @@ only, nothing in the file is executed) and calls `checkpoint_filter_fn`, which u
 
 import pickle
 import re
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from contextvars import ContextVar
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -48,6 +50,7 @@ _HUGGING_FACE = (
     (r"^layernorm\.", "norm."),
     (r"^classifier\.", "head."),
 )
+_least_share: ContextVar[float] = ContextVar("least_share", default=1.0)
 _UNREADABLE = (OSError, EOFError, RuntimeError, AttributeError, pickle.UnpicklingError, SafetensorError)
 
 
@@ -193,8 +196,37 @@ class LoadReport:
     ignored: list[str] = field(default_factory=list)
 
 
+@contextmanager
+def least_share(share: float) -> Iterator[None]:
+    """Within this context, weights suffice that hold `share` (0..1) of the parameters of a model's backbone.
+
+    What they lack starts new and what does not fit is ignored; `load_report` tells. Elsewhere everything must fit. This
+    is a context because timm hands no argument of `create_model` to the filter that it calls.
+    """
+    token = _least_share.set(share)
+    try:
+        yield
+    finally:
+        _least_share.reset(token)
+
+
+def loaded_share(model: nn.Module, report: LoadReport) -> float:
+    """Share of the parameters of a model's backbone, all but the classifier, that came from the weights.
+
+    What only a video model has does not count where an image model's weights are inflated: it starts new by design.
+    """
+    cfg: dict[str, Any] = model.pretrained_cfg  # type: ignore[assignment]
+    left_out = set(temporal_parameters(model.state_dict())) if report.inflated else set()
+    left_out |= {f"{cfg['classifier']}.weight", f"{cfg['classifier']}.bias"}
+    sizes = {name: value.numel() for name, value in model.named_parameters() if name not in left_out}
+    loaded = {*report.matched, *report.resized, *report.inflated}
+    return sum(size for name, size in sizes.items() if name in loaded) / sum(sizes.values())
+
+
 def adapt_state_dict(state_dict: Mapping[str, Any], model: nn.Module) -> tuple[dict[str, Tensor], LoadReport]:
     """`checkpoint_filter_fn` with a report. The head is listed as re-initialised where timm will leave it random.
+
+    Weights must fit altogether, or, within `least_share`, by that share.
 
     Raises:
         ValueError: the weights do not fit; the message names the keys.
@@ -221,7 +253,7 @@ def adapt_state_dict(state_dict: Mapping[str, Any], model: nn.Module) -> tuple[d
         new = temporal_parameters(expected)
         report.reinitialised += new
 
-    misshaped = []
+    misshaped = {}
     for key in [key for key in expected if key in weights and key not in replaced]:
         shape, wanted = weights[key].shape, expected[key].shape
         if shape == wanted:
@@ -237,15 +269,28 @@ def adapt_state_dict(state_dict: Mapping[str, Any], model: nn.Module) -> tuple[d
         elif key == f"{first_conv}.weight" and shape[:1] + shape[2:] == wanted[:1] + wanted[2:]:
             report.resized.append(key)
         else:
-            misshaped.append(f"{key} ({list(shape)}, not {list(wanted)})")
+            misshaped[key] = f"{key} ({list(shape)}, not {list(wanted)})"
+    report.inflated = [key for key in report.inflated if key not in misshaped]
+    missing = [key for key in expected if key not in weights and key not in replaced + new]
+    unexpected = [key for key in weights if key not in expected and key not in replaced]
     problems = {
-        "missing keys": [key for key in expected if key not in weights and key not in replaced + new],
-        "unexpected keys": [key for key in weights if key not in expected and key not in replaced],
-        "keys of another shape": misshaped,
+        "missing keys": missing,
+        "unexpected keys": unexpected,
+        "keys of another shape": list(misshaped.values()),
     }
     if any(problems.values()):
-        listed = "; ".join(f"{name}: {_listing(keys)}" for name, keys in problems.items() if keys)
-        raise ValueError(f"the weights of {_source(cfg)} do not fit this {type(model).__name__}; {listed}")
+        share, least = loaded_share(model, report), _least_share.get()
+        if share < least or least == 1:
+            listed = "; ".join(f"{name}: {_listing(keys)}" for name, keys in problems.items() if keys)
+            needed = "" if least == 1 else f", but {100 * least:g} % are needed unless model.from_scratch=true"
+            raise ValueError(
+                f"the weights of {_source(cfg)} do not fit this {type(model).__name__}; {listed}; "
+                f"they hold {100 * share:.1f} % of the backbone's parameters{needed}"
+            )
+        new += [*missing, *misshaped]
+        report.reinitialised += [*missing, *misshaped]
+        report.ignored += unexpected
+        weights = {key: value for key, value in weights.items() if key not in unexpected}
     return weights | {key: expected[key] for key in new}, report
 
 

@@ -90,6 +90,7 @@ def test_checkpoint_of_a_training_run(tmp_path: Path) -> None:
     module = ClassificationModule("dinat_mini", num_classes=10, class_names=names, model_kwargs=arguments)
     module.model.load_state_dict(state)
     trainer = lightning.Trainer(accelerator="cpu", logger=False, enable_checkpointing=False)
+    module.trainer = trainer
     trainer.strategy.connect(module)
     trainer.save_checkpoint(tmp_path / "last.ckpt")
     model = convert(tmp_path / "last.ckpt", tmp_path / "out").eval()

@@ -154,10 +154,40 @@ def test_fine_tuning_starts_from_the_weights_it_is_given_or_not_at_all(tmp_path,
     train(compose_train(tmp_path / "run", *overrides, given))
     assert torch.load(tmp_path / "run" / "checkpoints" / "last.ckpt", weights_only=True)["global_step"] == 2
 
-    partial = {name: value for name, value in weights.state_dict().items() if "levels.3" not in name}
-    save_file(partial, file)
-    with pytest.raises(ValueError, match="levels.3"):
-        build_module(cfg, build_datamodule(cfg), build_trainer(cfg))
+
+def test_fine_tuning_needs_95_percent_of_the_backbone(tmp_path, videos, capsys):
+    small = dict(depths=[1, 1, 1, 1], embed_dim=16, num_heads=[1, 2, 4, 8])
+    weights = timm.create_model("nat3d_tiny", **small, num_classes=7).state_dict()
+    file = tmp_path / "kinetics.safetensors"
+    overrides = ["experiment=ucf101/nat3d_tiny", *video_data(videos), *TINY[1:], "data.img_size=64"]
+    overrides += ["data.sampling.num_frames=4", "trainer.precision=32-true", "debug=smoke"]
+    given = f"model.model_kwargs.pretrained_cfg_overlay.file={file}"
+
+    def run_with(lacking: str, *more: str):
+        save_file({name: value for name, value in weights.items() if not name.startswith(lacking)}, file)
+        run_dir = tmp_path / lacking
+        train(compose_train(run_dir, *overrides, given, *more))
+        return capsys.readouterr().out
+
+    backbone = {name: value.numel() for name, value in weights.items() if not name.startswith("head.")}
+    lacking = {name for name in backbone if name.startswith("levels.3")}
+    share = 100 * (1 - sum(backbone[name] for name in lacking) / sum(backbone.values()))
+    assert share < 95
+    with pytest.raises(SystemExit, match="2"):
+        run_with("levels.3")
+    error = capsys.readouterr().err
+    assert error.count("\n") == 1 and f"missing keys: {min(lacking)}"[:22] in error and "levels.3.blocks.0" in error
+    assert f"they hold {share:.1f} % of the backbone's parameters, but 95 % are needed" in error
+    assert f"{share:.1f} % of the backbone's parameters loaded" in run_with("levels.3", "model.from_scratch=true")
+    output = run_with("patch_embed.norm")
+    assert "parameters loaded; new: " in output and "patch_embed.norm.weight" in output
+
+
+def test_weights_of_timms_own_models_must_fit(tmp_path):
+    save_file({"conv1.weight": torch.zeros(1)}, tmp_path / "weights.safetensors")
+    overlay = {"pretrained_cfg_overlay": {"file": str(tmp_path / "weights.safetensors")}}
+    with pytest.raises(ValueError, match="model.pretrained=true: .*Missing key"):
+        ClassificationModule("test_resnet", 1000, pretrained=True, model_kwargs=overlay)
 
 
 def test_smoke_run_on_fake_data(tmp_path):

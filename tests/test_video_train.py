@@ -185,6 +185,8 @@ def test_train_then_evaluate_on_one_and_two_processes(videos, tmp_path, capsys):
     for name in ("per_class.csv", "predictions.csv"):
         assert len((tmp_path / "two" / name).read_text().splitlines()) == len((run_dir / name).read_text().splitlines())
     assert (tmp_path / "two" / "per_class.csv").read_text() == (run_dir / "per_class.csv").read_text()
+    pictures = [np.asarray(Image.open(folder / "misclassified.png"), int) for folder in (tmp_path / "two", run_dir)]
+    assert np.abs(pictures[0] - pictures[1]).mean() < 1  # of the mistakes of both processes
 
 
 def test_moving_digits_experiment_builds(videos, tmp_path):

@@ -39,7 +39,7 @@ class PredictionRecorder(Callback):
     Attributes:
         label_counts: `[num_classes, 2]` int64: images of each class, and how many of them were classified correctly.
         confusion: `[num_classes, num_classes]` int64, true class by predicted class; None above 1,000 classes.
-        mistakes: the most confident mistakes of this process, at most 25, most confident first.
+        mistakes: the most confident mistakes, at most 25, most confident first; of clips four frames.
         predictions: index in the dataset, label, predicted class and its probability, of every video, by index.
     """
 
@@ -66,8 +66,9 @@ class PredictionRecorder(Callback):
         dataloader_idx: int = 0,
     ) -> None:
         images, labels, *indices = batch
-        if images.ndim == 6:  # views of videos, of which the first is shown
-            images = images[:, 0]
+        if images.ndim == 6:  # views of videos, of which four frames of the first are shown
+            frames = torch.linspace(0, images.shape[3] - 1, 4).round().long()
+            images = images[:, 0, :, frames]
         self._stat_scores.update(outputs, labels)
         if self._confusion is not None:
             self._confusion.update(outputs, labels)
@@ -87,8 +88,16 @@ class PredictionRecorder(Callback):
         self.label_counts = self.label_counts.cpu()
         if self._confusion is not None:
             self.confusion = self._confusion.compute().cpu()
-        if torch.distributed.is_initialized():
-            of_ranks: list[Any] = [None] * trainer.world_size
-            torch.distributed.all_gather_object(of_ranks, self.predictions)
-            self.predictions = [prediction for of_rank in of_ranks for prediction in of_rank]
-        self.predictions.sort()
+        self.predictions = sorted(_of_all_ranks(self.predictions))
+        probabilities = sorted(_of_all_ranks([mistake.probability for mistake in self.mistakes]), reverse=True)
+        shown = [mistake for mistake in self.mistakes if mistake.probability in probabilities[:MAX_MISTAKES]]
+        self.mistakes = sorted(_of_all_ranks(shown), key=lambda mistake: -mistake.probability)[:MAX_MISTAKES]
+
+
+def _of_all_ranks(items: list[Any]) -> list[Any]:
+    """The items of all ranks, in the order of the ranks."""
+    if not torch.distributed.is_initialized():
+        return items
+    of_ranks: list[Any] = [None] * torch.distributed.get_world_size()
+    torch.distributed.all_gather_object(of_ranks, items)
+    return [item for of_rank in of_ranks for item in of_rank]

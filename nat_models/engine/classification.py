@@ -13,12 +13,14 @@ from torch.nn import functional as F
 from torchmetrics import MeanMetric, Metric, MetricCollection
 from torchmetrics.classification import MulticlassAccuracy
 
+from nat_models.checkpoints import least_share
 from nat_models.data.device_transforms import Mixup, batch_generator
 from nat_models.data.seeding import BATCH, run_seed, seed_generators
 from nat_models.engine.position import Position
 from nat_models.engine.sharding import shard
 from nat_models.names import check_model_name
 
+LEAST_SHARE = 0.95
 TRAIN_METRICS = ("train_loss", "train_top1")
 
 
@@ -35,7 +37,10 @@ class ClassificationModule(lightning.LightningModule):
         class_names: their names in label order, kept for evaluation and prediction.
         in_chans: channels of the input.
         model_kwargs: further arguments of `timm.create_model` (`drop_path_rate`, `depths`, ...).
-        pretrained: start from timm's published weights. Not kept in checkpoints, which bring their own weights.
+        pretrained: start from the published weights, or from those of `model_kwargs.pretrained_cfg_overlay.file`. They
+            must hold 95 % of the parameters of the backbone; timm's own models take only weights that fit altogether.
+        from_scratch: start with what fits of them, however little that is. This and `pretrained` are not kept in
+            checkpoints, which bring their own weights.
         optimizer: arguments of `timm.optim.create_optimizer_v2` (`opt`, `lr`, `weight_decay`, `layer_decay`, ...). One-
             dimensional parameters, biases and the model's `no_weight_decay()` are not decayed. `backbone_lr_factor`
             scales the learning rate of all but the classifier, on top of `layer_decay`.
@@ -46,7 +51,8 @@ class ClassificationModule(lightning.LightningModule):
         compile: run the model through `torch.compile`.
 
     Raises:
-        ValueError: unknown model name (with the nearest ones) or arguments that the model does not take.
+        ValueError: unknown model name (with the nearest ones), arguments that the model does not take, or weights that
+            do not fit.
     """
 
     def __init__(
@@ -57,6 +63,7 @@ class ClassificationModule(lightning.LightningModule):
         in_chans: int = 3,
         model_kwargs: dict[str, Any] | None = None,
         pretrained: bool = False,
+        from_scratch: bool = False,
         optimizer: dict[str, Any] | None = None,
         schedule: dict[str, Any] | None = None,
         mixup: dict[str, Any] | None = None,
@@ -64,14 +71,18 @@ class ClassificationModule(lightning.LightningModule):
         compile: bool = False,
     ) -> None:
         super().__init__()
-        self.save_hyperparameters(ignore=["pretrained"])
+        self.save_hyperparameters(ignore=["pretrained", "from_scratch"])
         check_model_name(model_name)
+        sizes = {"num_classes": num_classes, "in_chans": in_chans}
         try:
-            self.model = timm.create_model(
-                model_name, pretrained=pretrained, num_classes=num_classes, in_chans=in_chans, **(model_kwargs or {})
-            )
+            with least_share(0.0 if from_scratch else LEAST_SHARE):
+                self.model = timm.create_model(model_name, pretrained=pretrained, **sizes, **(model_kwargs or {}))
         except TypeError as error:
             raise ValueError(f"model.model_kwargs={model_kwargs} does not fit {model_name}: {error}") from error
+        except RuntimeError as error:  # of timm's own models
+            if not pretrained:
+                raise
+            raise ValueError(f"model.pretrained=true: {' '.join(str(error).split())}") from error
         self.mixup = Mixup(num_classes, label_smoothing=label_smoothing, **mixup) if mixup else None
         self.label_smoothing = label_smoothing
         self.train_loss, self.val_loss, self.test_loss = MeanMetric(), MeanMetric(), MeanMetric()

@@ -1,6 +1,7 @@
 """The tables that `train.py` and `eval.py` print."""
 
 from pathlib import Path
+from typing import Any
 
 import lightning
 from omegaconf import DictConfig
@@ -8,6 +9,7 @@ from rich import box
 from rich.console import Console
 from rich.table import Table
 
+from nat_models.checkpoints import LoadReport, loaded_share
 from nat_models.data import DataModule
 from nat_models.engine.build import effective_batch, learning_rate
 from nat_models.engine.classification import ClassificationModule
@@ -34,6 +36,7 @@ def print_setup(
     parameters = sum(parameter.numel() for parameter in module.model.parameters())
     rows = {
         "Model": f"{cfg.model.model_name}, {parameters / 1e6:.2f} M parameters",
+        **_weights(module.model),
         **datamodule.describe(),
         "Device": f"{trainer.world_size} x {trainer.strategy.root_device.type}, precision {trainer.precision}",
         "Effective batch": f"{batch} = {datamodule.batch_size} per device x {trainer.world_size} devices"
@@ -45,6 +48,18 @@ def print_setup(
     if cfg.ckpt_path:
         rows["Resumed from"] = str(cfg.ckpt_path)
     print_table("Training", rows)
+
+
+def _weights(model: Any) -> dict[str, str]:
+    """What became of the weights that training starts from, where there are some."""
+    report: LoadReport | None = getattr(model, "load_report", None)
+    if report is None:
+        return {}
+    text = f"{100 * loaded_share(model, report):.1f} % of the backbone's parameters loaded"
+    for title, names in (("new", report.reinitialised), ("ignored", report.ignored)):
+        if names:
+            text += f"; {title}: {', '.join(names[:4])}" + (f" and {len(names) - 4} more" if len(names) > 4 else "")
+    return {"Weights": text}
 
 
 def metric_rows(metrics: dict[str, float], excluded: int = 0) -> dict[str, str]:
