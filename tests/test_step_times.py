@@ -1,8 +1,8 @@
 """Where the time of training goes: on a clock of the test's own, on the GPU's timeline, and in a run's metrics."""
 
+import time
 from types import SimpleNamespace
 
-import lightning
 import pytest
 import torch
 
@@ -47,7 +47,7 @@ def test_waits_and_steps_add_up_and_validation_is_left_out(monkeypatch):
 @pytest.mark.gpu
 @pytest.mark.parametrize("loader_is_slow", [False, True])
 def test_only_a_gpu_that_has_nothing_to_do_waits(loader_is_slow):
-    times, module, trainer = StepTimes(), Recorder("cuda"), lightning.Trainer(logger=False)
+    times, module, trainer = StepTimes(), Recorder("cuda"), SimpleNamespace(world_size=1)
     clock = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
     images, cycles = torch.zeros(8, 3, device="cuda"), 20_000_000
     clock[0].record()
@@ -57,8 +57,9 @@ def test_only_a_gpu_that_has_nothing_to_do_waits(loader_is_slow):
     busy = clock[0].elapsed_time(clock[1])
     times.on_train_epoch_start(trainer, module)
     for batch in range(6):
-        if loader_is_slow:
-            torch.cuda.synchronize()  # as if the loader took longer than the step: the GPU falls idle
+        if loader_is_slow:  # the GPU falls idle
+            torch.cuda.synchronize()
+            time.sleep(busy / 1000)
         times.on_train_batch_start(trainer, module, images, batch)
         torch.cuda._sleep(cycles)
         times.on_train_batch_end(trainer, module, None, (images,), batch)
@@ -67,5 +68,5 @@ def test_only_a_gpu_that_has_nothing_to_do_waits(loader_is_slow):
     times.on_train_epoch_end(trainer, module)
     assert times.epoch.steps == 6 and times.epoch.images == 48
     assert module.logged["speed/step_ms"] == pytest.approx(busy, rel=0.3)
-    assert loader_is_slow or module.logged["speed/data_wait"] < 0.02
+    assert (0.4 < module.logged["speed/data_wait"] < 0.7) if loader_is_slow else module.logged["speed/data_wait"] < 0.02
     assert module.logged["speed/gpu_peak_gib"] > 0
