@@ -16,8 +16,9 @@ from pathlib import Path
 from unittest.mock import patch
 
 import pytest
-import torch.utils.tensorboard  # noqa: F401  here, for all forked processes
-from training_runs import REPOSITORY, compose_train, train, write_image
+import torch
+import torch.utils.tensorboard  # here, for all forked processes
+from training_runs import REPOSITORY, compose_train, run, train, write_image
 from video_files import write_video
 
 from nat_models.checkpoints import read_file
@@ -79,8 +80,10 @@ def forked(function: Callable[[], object], prepare: Callable[[], None]) -> int:
         status = 1
         try:
             prepare()
-            with patch.object(script, "save_evaluation"), patch.object(script, "plot_curves"):
-                function()
+            # A GPU cannot be used in a process that is forked from one that has used it.
+            with patch.object(torch.cuda, "is_available", return_value=False):
+                with patch.object(script, "save_evaluation"), patch.object(script, "plot_curves"):
+                    function()
             status = 0
         except SystemExit as exit_error:
             status = exit_error.code  # type: ignore[assignment]
@@ -208,6 +211,14 @@ def videos(folder: Path) -> VideoDataModule:
     (folder / "validation.csv").write_text("0.mp4,0\n1.mp4,1\n")
     sampling = {"num_frames": 2, "stride": 2}
     return VideoDataModule("list", str(folder), sampling=sampling, img_size=16, batch_size=2, repeats=2)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("precision", ["16-mixed", "bf16-mixed"])
+def test_killed_on_a_gpu(tmp_path, precision):
+    settings = ["trainer.accelerator=gpu", f"trainer.precision={precision}", "deterministic=true"]
+    process = run(tmp_path, "benchmarks/kill_and_resume.py", "--kills", "3", *settings)
+    assert process.returncode == 0, process.stdout
 
 
 @pytest.mark.parametrize("create", [shards, videos])

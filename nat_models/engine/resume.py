@@ -31,8 +31,9 @@ def config_digest(cfg: DictConfig) -> str:
 def choose_run(cfg: DictConfig) -> str | None:
     """Sets `cfg.run_dir` and `cfg.ckpt_path` to what `ckpt_path=auto` means, and returns a sentence about it.
 
-    With `run_dir` set, that is this folder; else the newest run of the experiment with the same settings that has no
-    results yet. Its last checkpoint is taken, or the one before if that is damaged; without any, training starts anew.
+    With `run_dir` set, or if its folder holds a run already, it is that one; else the newest run of the experiment with
+    the same settings that has no results yet. Its last checkpoint is taken, or the one before if that is damaged;
+    without any, training starts anew.
 
     Raises:
         ValueError: the run's checkpoints are all damaged; or it has some, but `ckpt_path` is not set.
@@ -44,7 +45,8 @@ def choose_run(cfg: DictConfig) -> str | None:
         return None
     digest = config_digest(cfg)
     run_dir = new_dir
-    if HydraConfig.initialized() and Path(HydraConfig.get().runtime.output_dir) == new_dir.absolute():
+    is_default = HydraConfig.initialized() and Path(HydraConfig.get().runtime.output_dir) == new_dir.absolute()
+    if is_default and not _checkpoints(new_dir):
         runs = Path("runs") / HydraConfig.get().runtime.choices["experiment"]
         newest = _newest_run(runs.absolute(), digest)
         if newest is None:
