@@ -12,7 +12,14 @@ import hydra
 from omegaconf import DictConfig
 
 from nat_models.data import VideoDataModule
-from nat_models.engine.build import build_datamodule, build_module, build_trainer, plain, prepare_process
+from nat_models.engine.build import (
+    build_datamodule,
+    build_module,
+    build_trainer,
+    check_optimized_metric,
+    plain,
+    prepare_process,
+)
 from nat_models.engine.checkpoint import best_checkpoint
 from nat_models.engine.errors import RUN_ERRORS, SETUP_ERRORS, exit_on
 from nat_models.engine.evaluation import evaluate, save_evaluation
@@ -24,7 +31,7 @@ from nat_models.engine.run_folder import record_run
 
 @hydra.main(version_base="1.3", config_path="configs", config_name="train")
 def main(cfg: DictConfig) -> float:
-    """Trains, evaluates the best checkpoint, writes the report; returns its validation top-1 in 0..1."""
+    """Trains, evaluates the best checkpoint, writes the report; returns `optimized_metric` of it."""
     with exit_on(SETUP_ERRORS, Path(cfg.run_dir)):
         prepare_process(cfg)
         digest = config_digest(cfg)
@@ -32,6 +39,7 @@ def main(cfg: DictConfig) -> float:
         datamodule = build_datamodule(cfg)
         trainer = build_trainer(cfg)
         module = build_module(cfg, datamodule, trainer)
+        check_optimized_metric(cfg.optimized_metric, module)
         continue_run(cfg, datamodule, trainer, module)
         run_dir = Path(cfg.run_dir)
         if trainer.is_global_zero:
@@ -68,7 +76,7 @@ def main(cfg: DictConfig) -> float:
             rows["Undecodable files"] = f"{len(undecodable)}, listed in {datamodule.undecodable_list}"
         title = f"{checkpoint.stem.capitalize()} checkpoint (epoch {evaluation.epoch}) on the validation split"
         print_table(title, rows | {"Run folder": str(run_dir)})
-    return evaluation.metrics["val/top1"]
+    return evaluation.metrics[cfg.optimized_metric]
 
 
 if __name__ == "__main__":

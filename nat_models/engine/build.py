@@ -8,6 +8,7 @@ from typing import Any
 import lightning
 import timm
 import torch
+from hydra.errors import InstantiationException
 from hydra.utils import instantiate
 from lightning.pytorch.callbacks import WeightAveraging
 from omegaconf import DictConfig, OmegaConf
@@ -64,11 +65,11 @@ def build_trainer(cfg: DictConfig) -> lightning.Trainer:
     if isinstance(settings["strategy"], FullyShardedStrategy):
         if any(isinstance(callback, WeightAveraging) for callback in callbacks.values()):
             raise ValueError("callbacks=ema does not work with trainer=fsdp: averaged weights cannot be sharded")
-    loggers = instantiate(cfg.logger, _convert_="all")
+    loggers = {name: _build_logger(name, logger) for name, logger in cfg.logger.items() if logger is not None}
     return lightning.Trainer(
         **settings,
         callbacks=[callback for callback in callbacks.values() if callback is not None],
-        logger=[logger for logger in loggers.values() if logger is not None],
+        logger=list(loggers.values()),
         plugins=[VerifiedCheckpointIO()],
     )
 
@@ -94,6 +95,24 @@ def build_module(cfg: DictConfig, datamodule: DataModule, trainer: lightning.Tra
         optimizer=optim["optimizer"] | {"lr": learning_rate(cfg, effective_batch(datamodule, trainer))},
         schedule=optim["schedule"],
     )
+
+
+def _build_logger(name: str, cfg: DictConfig) -> Any:
+    try:
+        return instantiate(cfg, _convert_="all")
+    except InstantiationException as error:
+        if isinstance(error.__cause__, ImportError):
+            raise ValueError(
+                f"logger.{name} needs a package that is missing: pip install 'nat-models[{name}]'"
+            ) from error
+        raise
+
+
+def check_optimized_metric(name: str, module: ClassificationModule) -> None:
+    """Raises ValueError unless evaluating the module gives a metric of this name."""
+    names = ["val/loss", *module.val_metrics.keys()]
+    if name not in names:
+        raise ValueError(f"optimized_metric={name!r} is unknown; allowed are {', '.join(names)}")
 
 
 def effective_batch(datamodule: DataModule, trainer: lightning.Trainer) -> int:
