@@ -30,6 +30,7 @@ from nat_models.engine.checkpoint_io import VerifiedCheckpointIO
 from nat_models.engine.classification import ClassificationModule
 from nat_models.engine.last_checkpoint import LastCheckpoint
 from nat_models.engine.position import Position
+from nat_models.engine.resume import choose_run
 
 sys.path.insert(0, str(REPOSITORY / "benchmarks"))
 from kill_and_resume import SETTINGS, differences  # noqa: E402
@@ -190,6 +191,17 @@ def test_auto_finds_the_newest_unfinished_run_with_these_settings(tmp_path, refe
     assert command_in_child(tmp_path, *SMALL, "ckpt_path=auto", prepare=kill) == -signal.SIGKILL
     assert "runs/none holds no unfinished run with these settings; starting anew" in capfd.readouterr().out
     assert len(list((tmp_path / "runs" / "none").iterdir())) == 3
+
+
+def test_loggers_elsewhere_go_on_with_their_runs(tmp_path, reference):
+    checkpoint = read_checkpoint(reference("plain") / "checkpoints" / "last.ckpt")
+    assert checkpoint["logger_ids"] == {"ContinuedCSVLogger": "", "TensorBoardLogger": ""}
+    checkpoint["logger_ids"] = {"WandbLogger": "w1", "MLFlowLogger": "m1"}
+    VerifiedCheckpointIO().save_checkpoint(checkpoint, tmp_path / "checkpoints" / "last.ckpt")
+    for name, key, expected in (("wandb", "id", "w1"), ("mlflow", "run_id", "m1")):
+        cfg = compose_train(tmp_path, *SMALL, f"logger={name}", "ckpt_path=auto")
+        choose_run(cfg)
+        assert cfg.logger[name][key] == expected
 
 
 def shards(folder: Path) -> ImageDataModule:

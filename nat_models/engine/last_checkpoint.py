@@ -92,6 +92,7 @@ class LastCheckpoint(Callback):
     def on_save_checkpoint(
         self, trainer: lightning.Trainer, pl_module: lightning.LightningModule, checkpoint: dict[str, Any]
     ) -> None:
+        checkpoint["logger_ids"] = {type(logger).__name__: logger.version for logger in trainer.loggers}
         if self._to_save is not None:
             checkpoint["epoch"] = self._to_save["epoch"]
             checkpoint["loops"]["fit_loop"] = self._to_save["fit_loop"]

@@ -19,6 +19,7 @@ from nat_models.engine.errors import message_of
 from nat_models.engine.position import Position
 
 AUTO = "auto"
+LOGGER_IDS = {"WandbLogger": "id", "MLFlowLogger": "run_id"}  # their arguments
 
 
 def config_digest(cfg: DictConfig) -> str:
@@ -29,7 +30,7 @@ def config_digest(cfg: DictConfig) -> str:
 
 
 def choose_run(cfg: DictConfig) -> str | None:
-    """Sets `cfg.run_dir` and `cfg.ckpt_path` to what `ckpt_path=auto` means, and returns a sentence about it.
+    """Sets `cfg.run_dir`, `cfg.ckpt_path` and loggers' ids to what `ckpt_path=auto` means; a sentence about it.
 
     With `run_dir` set, or if its folder holds a run already, it is that one; else the newest run of the experiment with
     the same settings that has no results yet. Its last checkpoint is taken, or the one before if that is damaged;
@@ -55,6 +56,8 @@ def choose_run(cfg: DictConfig) -> str | None:
         run_dir = newest
     checkpoint, sentence = last_checkpoint(run_dir)
     cfg.ckpt_path = checkpoint and str(checkpoint)
+    if checkpoint is not None:
+        _set_logger_ids(cfg, read_checkpoint(checkpoint).get("logger_ids", {}))
     if run_dir != new_dir:
         cfg.run_dir = str(run_dir)
         with suppress(OSError):
@@ -105,6 +108,14 @@ def continue_run(
     if trainer.is_global_zero:
         for path in (run_dir / "csv" / "metrics.csv", run_dir / "skipped_steps.csv"):
             drop_rows(path, position.step)
+
+
+def _set_logger_ids(cfg: DictConfig, ids: dict[str, str]) -> None:
+    """Lets loggers that keep runs elsewhere go on with the same ones."""
+    for logger in cfg.logger.values():
+        class_name = logger._target_.rpartition(".")[2] if logger is not None else ""
+        if class_name in LOGGER_IDS and class_name in ids:
+            logger[LOGGER_IDS[class_name]] = ids[class_name]
 
 
 def _checkpoints(run_dir: Path) -> list[Path]:
