@@ -98,7 +98,7 @@ def main() -> None:
 
 
 def train(run_dir: Path, overrides: Sequence[str], kill_after: float | None = None) -> float:
-    """Runs `train.py`, and kills it some seconds after its first line; the seconds from there to that of the last epoch."""
+    """Runs `train.py`; kills it some seconds after its first line. Returns the seconds from there to its last epoch."""
     command = [sys.executable, str(ROOT / "train.py"), *SETTINGS, f"run_dir={run_dir}", *overrides]
     process = subprocess.Popen(command, cwd=run_dir.parent, stdout=subprocess.PIPE, text=True)
     assert process.stdout is not None
