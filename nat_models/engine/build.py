@@ -110,7 +110,7 @@ def _build_logger(name: str, cfg: DictConfig) -> Any:
 
 def check_optimized_metric(name: str, module: ClassificationModule) -> None:
     """Raises ValueError unless evaluating the module gives a metric of this name."""
-    names = ["val/loss", *module.val_metrics.keys()]
+    names = ["val/loss", *map(str, module.val_metrics.keys())]
     if name not in names:
         raise ValueError(f"optimized_metric={name!r} is unknown; allowed are {', '.join(names)}")
 

@@ -16,6 +16,7 @@ from torchmetrics.classification import MulticlassAccuracy
 from nat_models.checkpoints import least_share
 from nat_models.data.device_transforms import Mixup, batch_generator
 from nat_models.data.seeding import BATCH, run_seed, seed_generators
+from nat_models.engine.distillation import Distillation
 from nat_models.engine.position import Position
 from nat_models.engine.sharding import shard
 from nat_models.names import check_model_name
@@ -48,6 +49,7 @@ class ClassificationModule(lightning.LightningModule):
             `warmup_lr`, `min_lr`, ...); steps once an optimiser step and ends with `trainer.max_epochs`.
         mixup: arguments of `Mixup` (`mixup_alpha`, `cutmix_alpha`, `prob`, `switch_prob`, `mode`) or None.
         label_smoothing: weight of the uniform distribution in the training target.
+        distillation: arguments of `Distillation` but the sizes, or None. Not kept in checkpoints.
         compile: run the model through `torch.compile`.
 
     Raises:
@@ -68,12 +70,13 @@ class ClassificationModule(lightning.LightningModule):
         schedule: dict[str, Any] | None = None,
         mixup: dict[str, Any] | None = None,
         label_smoothing: float = 0.0,
+        distillation: dict[str, Any] | None = None,
         compile: bool = False,
     ) -> None:
         super().__init__()
-        self.save_hyperparameters(ignore=["pretrained", "from_scratch"])
+        self.save_hyperparameters(ignore=["pretrained", "from_scratch", "distillation"])
         check_model_name(model_name)
-        sizes = {"num_classes": num_classes, "in_chans": in_chans}
+        sizes: dict[str, Any] = {"num_classes": num_classes, "in_chans": in_chans}
         try:
             with least_share(0.0 if from_scratch else LEAST_SHARE):
                 self.model = timm.create_model(model_name, pretrained=pretrained, **sizes, **(model_kwargs or {}))
@@ -85,6 +88,7 @@ class ClassificationModule(lightning.LightningModule):
             raise ValueError(f"model.pretrained=true: {' '.join(str(error).split())}") from error
         self.mixup = Mixup(num_classes, label_smoothing=label_smoothing, **mixup) if mixup else None
         self.label_smoothing = label_smoothing
+        self.distillation = Distillation(num_classes, in_chans, **distillation) if distillation else None
         self.train_loss, self.val_loss, self.test_loss = MeanMetric(), MeanMetric(), MeanMetric()
         self.train_top1 = MulticlassAccuracy(num_classes, average="micro")
         metrics: dict[str, Metric | MetricCollection] = {
@@ -109,6 +113,10 @@ class ClassificationModule(lightning.LightningModule):
         """Images `[B, C, *spatial]` -> logits `[B, num_classes]`."""
         return self.model(images)
 
+    def on_fit_start(self) -> None:
+        if self.distillation is not None:
+            self.distillation.to(self.device)
+
     def on_train_epoch_start(self) -> None:
         dataset: Any = getattr(self.trainer.train_dataloader, "dataset", None)
         if hasattr(dataset, "set_epoch"):  # streamed datasets shuffle by epoch
@@ -124,10 +132,13 @@ class ClassificationModule(lightning.LightningModule):
             logits = self(images)
             loss = F.cross_entropy(logits, labels, label_smoothing=self.label_smoothing)
         else:
-            mixed, soft_labels = self.mixup(images, labels, batch_generator(self.trainer, "mixup"))
-            logits = self(mixed)
+            images, soft_labels = self.mixup(images, labels, batch_generator(self.trainer, "mixup"))
+            logits = self(images)
             loss = F.cross_entropy(logits, soft_labels)
             labels = soft_labels.argmax(dim=1)  # the accuracy counts the class with the larger share
+        if self.distillation is not None:
+            datamodule: Any = self.trainer.datamodule  # type: ignore[attr-defined]
+            loss = self.distillation.loss(loss, logits, images, datamodule.mean, datamodule.std)
         finite = loss.detach().isfinite()
         self.train_loss(loss.detach().where(finite, 0.0), weight=finite * len(images))
         self.train_top1(logits, labels)
