@@ -142,11 +142,13 @@ MOMENTS = {
 
 
 @pytest.mark.parametrize("moment", MOMENTS)
-def test_killed_at(tmp_path, reference, moment):
-    run_dir = tmp_path / "run"
-    assert in_child(run_dir, *SMALL, prepare=MOMENTS[moment]) == -signal.SIGKILL
+def test_killed_and_moved(tmp_path, reference, moment):
+    assert in_child(tmp_path / "run", *SMALL, prepare=MOMENTS[moment]) == -signal.SIGKILL
+    run_dir = (tmp_path / "run").rename(tmp_path / "moved")
     assert in_child(run_dir, *SMALL, "ckpt_path=auto") == 0
     assert differences(reference("plain"), run_dir) == []
+    best = read_checkpoint(run_dir / "checkpoints" / "last.ckpt")["callbacks"]
+    assert [state["dirpath"] for state in best.values() if "dirpath" in state] == [str(run_dir / "checkpoints")]
 
 
 @pytest.mark.parametrize("variant, step", [("workers", 9), ("ema_accumulation_mixup", 18), ("max_steps", 11)])

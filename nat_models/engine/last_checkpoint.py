@@ -13,7 +13,6 @@ from lightning.pytorch.loggers import TensorBoardLogger
 from nat_models.data.workers import PREEMPTION_SIGNALS
 from nat_models.engine.checkpoint_io import LAST
 from nat_models.engine.errors import Preempted
-from nat_models.engine.files import remove_temporaries
 from nat_models.engine.position import Position
 
 
@@ -53,10 +52,6 @@ class LastCheckpoint(Callback):
         self._begins_epoch = False  # whether the checkpoint that the run goes on from was saved at the end of an epoch
         self._to_save: dict[str, Any] | None = None  # what replaces entries of Lightning's checkpoint
 
-    def setup(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule, stage: str) -> None:
-        if trainer.is_global_zero:
-            remove_temporaries(self.path.parent)
-
     def on_train_start(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule) -> None:
         if self._begins_epoch:
             trainer.fit_loop.epoch_loop.restarting = False
@@ -66,7 +61,8 @@ class LastCheckpoint(Callback):
     def on_train_batch_end(
         self, trainer: lightning.Trainer, pl_module: lightning.LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        if (batch_idx + 1) % trainer.accumulate_grad_batches == 0 and self._agreed(trainer, self._is_due(trainer)):
+        is_step = (batch_idx + 1) % trainer.accumulate_grad_batches == 0 and not trainer.is_last_batch
+        if is_step and self._agreed(trainer, self._is_due(trainer)):
             self._take_down(trainer)
 
     def on_train_batch_start(
@@ -105,9 +101,10 @@ class LastCheckpoint(Callback):
             epochs["completed"] = epochs["processed"]
         self._begins_epoch = Position.of(checkpoint).batch == 0
         # The best checkpoint is found again where the run folder has been moved.
+        folder = self.path.resolve().parent
         for state in checkpoint["callbacks"].values():
-            if "best_k_models" in state and Path(str(trainer.ckpt_path)).parent == self.path.parent:
-                _relocate(state, self.path.parent.resolve())
+            if "best_k_models" in state and Path(str(trainer.ckpt_path)).resolve().parent == folder:
+                _relocate(state, folder)
 
     def _on_signal(self, number: int, frame: FrameType | None) -> None:
         self._signal = signal.Signals(number)

@@ -16,6 +16,7 @@ from nat_models.engine.checkpoint_io import LAST, PREVIOUS
 from nat_models.engine.classification import ClassificationModule
 from nat_models.engine.csv_logger import drop_rows
 from nat_models.engine.errors import message_of
+from nat_models.engine.files import remove_temporaries
 from nat_models.engine.position import Position
 
 AUTO = "auto"
@@ -106,6 +107,8 @@ def continue_run(
         if isinstance(logger, TensorBoardLogger):
             logger._kwargs["purge_step"] = position.step  # an argument of the SummaryWriter that it will open
     if trainer.is_global_zero:
+        for folder in (run_dir, run_dir / "csv", run_dir / "checkpoints"):
+            remove_temporaries(folder)
         for path in (run_dir / "csv" / "metrics.csv", run_dir / "skipped_steps.csv"):
             drop_rows(path, position.step)
 
