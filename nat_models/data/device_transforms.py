@@ -125,8 +125,10 @@ class DeviceTransform:
 
 
 class Mixup:
-    """Mixup (Zhang et al., arXiv:1710.09412) and CutMix (Yun et al., arXiv:1905.04899) of each image with
-    that at its place in the reversed batch, as timm's `Mixup` does it.
+    """Mixes each image with that at its place in the reversed batch, as timm's `Mixup` does.
+
+    Either all pixels (mixup, Zhang et al. 2017, arXiv:1710.09412) or those of a box (CutMix, Yun et al. 2019,
+    arXiv:1905.04899).
 
     Args:
         num_classes: of the targets.
