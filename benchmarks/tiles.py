@@ -33,6 +33,7 @@ RESULTS = {
 }
 # Rows of a kernel's own tile, rows of the tiles it loops over, warps.
 SMALL = [(rows, moving, warps) for rows, warps in ((16, 1), (32, 1), (64, 2)) for moving in (16, 32, 64)]
+REGISTERS = (None, 168, 128)  # at most, of a thread of the small ones
 LARGE = [(64, 32, 4), (64, 64, 4), (128, 32, 4), (128, 64, 4), (128, 32, 8), (128, 64, 8), (128, 128, 8)]
 
 
@@ -68,7 +69,7 @@ class Subject:
         is_small = regime(workload).startswith("small")
         found = {self.shipped}
         for (rows, moving, warps), stages, bulk in product(SMALL if is_small else LARGE, (2, 3), (True, False)):
-            if bulk and (self.kernel == "bias" or self.geometry.groups > 1):
+            if bulk and self.geometry.groups > 1:
                 continue
             for by_row in (False, True) if self.kernel == "forward" and is_small else (False,):
                 tilings = sorted(
@@ -80,10 +81,12 @@ class Subject:
                 if not tilings:
                     continue
                 *_, s, m = tilings[0]
-                tiles = Tiles(*((s, m) if over_keys else (m, s)), warps, stages, bulk, by_row)
-                if tiles not in found:
-                    found.add(tiles)
-                    yield tiles
+                query, key = (s, m) if over_keys else (m, s)
+                for registers in REGISTERS if is_small else (None,):
+                    tiles = Tiles(query, key, warps, stages, bulk, by_row, registers)
+                    if tiles not in found:
+                        found.add(tiles)
+                        yield tiles
 
     def prepare(self, tiles: Tiles) -> Callable[[], object]:
         """What runs the kernel with certain tiles, after it ran once."""
@@ -113,6 +116,7 @@ def rows_of(case: str, kernel: str, has_rpb: bool, top: int, device: torch.devic
         row: Row = {"case": case, "kernel": kernel, "rpb": "with" if has_rpb else "without"}
         row |= {"tiles": " ".join("x".join(map(str, x)) for x in tiles[:2])}
         row |= {"warps": tiles.num_warps, "stages": tiles.num_stages}
+        row |= {"registers": tiles.max_registers or "any"}
         row |= {"loads": ("bulk" if tiles.bulk else "pointers") + (", by row" if tiles.by_row else "")}
         try:
             run = subject.prepare(tiles)
@@ -170,7 +174,20 @@ def main() -> None:
         process.join()
 
     rows = [row for job in jobs for row in rows_of(*job, options.top, *where)]
-    columns = ["case", "kernel", "rpb", "tiles", "warps", "stages", "loads", "choice", "status", "ms", "times_shipped"]
+    columns = [
+        "case",
+        "kernel",
+        "rpb",
+        "tiles",
+        "warps",
+        "stages",
+        "registers",
+        "loads",
+        "choice",
+        "status",
+        "ms",
+        "times_shipped",
+    ]
     found = provenance(where[0], options.commit)
     if options.out:
         write_csv(options.out, [{name: row.get(name, "") for name in [*columns, "max_error"]} | found for row in rows])

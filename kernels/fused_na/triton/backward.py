@@ -16,6 +16,7 @@ from fused_na.triton.neighborhood import (
     covers,
     dilated,
     inverse_windows,
+    is_unshifted,
     load_bias,
     load_rows,
     load_tile,
@@ -339,6 +340,7 @@ def bias_kernel(
     BLOCK_D: tl.constexpr,
     BLOCK_DV: tl.constexpr,
     WIDE: tl.constexpr,
+    TMA: tl.constexpr,
     PRECISION: tl.constexpr,
     STAGES: tl.constexpr,
 ):
@@ -365,6 +367,8 @@ def bias_kernel(
     part = tl.cdiv(batches, batch_splits)
 
     total = tl.zeros([QUERIES, KEYS], tl.float32)
+    initial = tl.full([QUERIES, KEYS], float("-inf"), tl.float32)
+    was_unshifted = False
     for item in range(split * items_per_split, tl.minimum((split + 1) * items_per_split, items)):
         _, group, members, begin = locate(item // batch_splits, lengths, dilations, QUERY_TILE)
         first_batch = item % batch_splits * part
@@ -384,31 +388,40 @@ def bias_kernel(
             member = clamped(begin, inner, members)
             is_query = below(begin, inner, members)
             token = dilated(group, member, dilations)
-            query_rows = offset(token, query_strides[1:4], WIDE)
-            grad_rows = offset(token, grad_output_strides[1:4], WIDE)
             lse_rows = offset(token, (length_h * length_w, length_w, 1), WIDE) * heads
-            start, end = windows(member, members, KERNEL, STRIDE, CAUSAL)
-
             key_member = (key_begin[0] + key_inner[0], key_begin[1] + key_inner[1], key_begin[2] + key_inner[2])
-            is_key = below(key_begin, key_inner, stop)
-            is_key &= (key_member[0] >= first[0]) & (key_member[1] >= first[1]) & (key_member[2] >= first[2])
-            key_token = dilated(group, key_member, dilations)
-            key_rows = offset(key_token, key_strides[1:4], WIDE)
-            value_rows = offset(key_token, value_strides[1:4], WIDE)
+            if not TMA:
+                query_rows = offset(token, query_strides[1:4], WIDE)
+                grad_rows = offset(token, grad_output_strides[1:4], WIDE)
+                is_key = below(key_begin, key_inner, stop)
+                is_key &= (key_member[0] >= first[0]) & (key_member[1] >= first[1]) & (key_member[2] >= first[2])
+                key_token = dilated(group, key_member, dilations)
+                key_rows = offset(key_token, key_strides[1:4], WIDE)
+                value_rows = offset(key_token, value_strides[1:4], WIDE)
 
-            attends = within(start, end, key_begin, key_inner, QUERY_TILE, KEY_TILE) & is_query[:, None]
-            position = bias_position(key_member, KERNEL)[None, :] - bias_position(member, KERNEL)[:, None]
-            initial = tl.load(rpb_base + position, mask=attends, other=float("-inf")).to(tl.float32)
+            unshifted = is_unshifted(begin, members, QUERY_TILE, KERNEL, STRIDE, CAUSAL)
+            if not (unshifted & was_unshifted):  # else the last tile's mask and bias hold for this one too
+                start, end = windows(member, members, KERNEL, STRIDE, CAUSAL)
+                attends = within(start, end, key_begin, key_inner, QUERY_TILE, KEY_TILE) & is_query[:, None]
+                position = bias_position(key_member, KERNEL)[None, :] - bias_position(member, KERNEL)[:, None]
+                initial = tl.load(rpb_base + position, mask=attends, other=float("-inf")).to(tl.float32)
+            was_unshifted = unshifted
             for sample in tl.range(0, tl.minimum(part, batches - first_batch), num_stages=STAGES):
                 batch = (first_batch + sample).to(tl.int64)
-                query_base = query + batch * query_strides[0] + head * query_strides[4]
-                key_base = key + batch * key_strides[0] + head_kv * key_strides[4]
-                value_base = value + batch * value_strides[0] + head_kv * value_strides[4]
-                grad_base = grad_output + batch * grad_output_strides[0] + head * grad_output_strides[4]
-                q = load_rows(query_base, query_rows, is_query, HEAD_DIM, BLOCK_D)
-                k = load_rows(key_base, key_rows, is_key, HEAD_DIM, BLOCK_D)
-                v = load_rows(value_base, value_rows, is_key, HEAD_DIM_V, BLOCK_DV)
-                grad_o = load_rows(grad_base, grad_rows, is_query, HEAD_DIM_V, BLOCK_DV)
+                if TMA:
+                    q = load_tile(query, batch, begin, head, QUERIES, HEAD_DIM)
+                    k = load_tile(key, batch, key_begin, head_kv, KEYS, HEAD_DIM)
+                    v = load_tile(value, batch, key_begin, head_kv, KEYS, HEAD_DIM_V)
+                    grad_o = load_tile(grad_output, batch, begin, head, QUERIES, HEAD_DIM_V)
+                else:
+                    query_base = query + batch * query_strides[0] + head * query_strides[4]
+                    key_base = key + batch * key_strides[0] + head_kv * key_strides[4]
+                    value_base = value + batch * value_strides[0] + head_kv * value_strides[4]
+                    grad_base = grad_output + batch * grad_output_strides[0] + head * grad_output_strides[4]
+                    q = load_rows(query_base, query_rows, is_query, HEAD_DIM, BLOCK_D)
+                    k = load_rows(key_base, key_rows, is_key, HEAD_DIM, BLOCK_D)
+                    v = load_rows(value_base, value_rows, is_key, HEAD_DIM_V, BLOCK_DV)
+                    grad_o = load_rows(grad_base, grad_rows, is_query, HEAD_DIM_V, BLOCK_DV)
                 row_base = batch * tokens * heads + head
                 row_lse = tl.load(lse + row_base + lse_rows, mask=is_query, other=0.0) * LOG2_E
                 row_delta = tl.load(delta + row_base + lse_rows, mask=is_query, other=0.0)

@@ -95,7 +95,7 @@ class Launch:
 
     def __init__(self, kernel: Any, programs: int, arguments: dict, bulk: dict[str, tuple] | None = None) -> None:
         self.kernel, self.grid = kernel, (programs, 1, 1)
-        known = {*kernel.arg_names, "num_warps", "num_stages"}
+        known = {*kernel.arg_names, "num_warps", "num_stages", "maxnreg"}
         self.arguments = {name: x for name, x in arguments.items() if name in known}
         self.tensors = [name for name in kernel.arg_names if name not in arguments]
         self.bulk = bulk or {}
@@ -225,9 +225,9 @@ class Geometry:
             self.arguments[f"{name}_strides"] = (0, 0, 0) if layout is None else layout.strides[:3]
         self.arguments["additional"] = 0 if problem.additional_keys is None else problem.additional_keys.shape[1]
 
-    def launch(self, kernel: Any, programs: int, tiles: Tiles, extent: Extent, moving: tuple[str, str]) -> Launch:
-        """A launch of a kernel that loads the `moving` tensors in tiles of `extent`: through the bulk copy engine where
-        that was chosen and the machine and the layouts allow it.
+    def launch(self, kernel: Any, programs: int, tiles: Tiles, loaded: dict[str, Extent], **more: Any) -> Launch:
+        """A launch of a kernel that loads tiles of the given extents of the tensors of these names: through the bulk
+        copy engine where that was chosen and the machine and the layouts allow it. `more` are arguments of its own.
         """
         arguments = self.arguments | {
             "QUERY_TILE": tiles.query,
@@ -236,8 +236,10 @@ class Geometry:
             "INTERIOR": self.has_interior(tiles),
             "num_warps": tiles.num_warps,
             "num_stages": tiles.num_stages,
+            "maxnreg": tiles.max_registers,
+            **more,
         }
-        layouts = {name: getattr(self.problem, name) for name in moving}
+        layouts = {name: getattr(self.problem, name) for name in loaded}
         arguments["TMA"] = tiles.bulk and self.groups == 1 and all(map(self.can_copy_in_bulk, layouts.values()))
         bulk = {}
         if arguments["TMA"]:
@@ -247,7 +249,7 @@ class Geometry:
                 heads, width = layout.shape[-2:]
                 # Axes of length 1 need a legal stride all the same.
                 strides = [batch, t or w, h or w, w, 1]
-                bulk[name] = ([self.batch, *lengths, heads * width], strides, [1, *extent, width])
+                bulk[name] = ([self.batch, *lengths, heads * width], strides, [1, *loaded[name], width])
         return Launch(kernel, programs, arguments, bulk)
 
     def can_copy_in_bulk(self, layout: Layout) -> bool:
@@ -292,17 +294,18 @@ def _forward(geometry: Geometry, tiles: Tiles) -> Prepared:
     by_row = tiles.by_row and geometry.problem.additional_keys is None
     kernel = forward_small_kernel if by_row else forward_kernel
     programs = geometry.count(tiles.query) * geometry.heads * geometry.batch
-    return Prepared([geometry.launch(kernel, programs, tiles, tiles.key, ("key", "value"))])
+    return Prepared([geometry.launch(kernel, programs, tiles, {"key": tiles.key, "value": tiles.key})])
 
 
 def _query(geometry: Geometry, tiles: Tiles) -> Prepared:
     programs = geometry.count(tiles.query) * geometry.heads * geometry.batch
-    return Prepared([geometry.launch(query_kernel, programs, tiles, tiles.key, ("key", "value"))])
+    return Prepared([geometry.launch(query_kernel, programs, tiles, {"key": tiles.key, "value": tiles.key})])
 
 
 def _key_value(geometry: Geometry, tiles: Tiles) -> Prepared:
     programs = geometry.count(tiles.key) * geometry.heads_kv * geometry.batch
-    return Prepared([geometry.launch(key_value_kernel, programs, tiles, tiles.query, ("query", "grad_output"))])
+    loaded = {"query": tiles.query, "grad_output": tiles.query}
+    return Prepared([geometry.launch(key_value_kernel, programs, tiles, loaded)])
 
 
 def _bias(geometry: Geometry, tiles: Tiles) -> Prepared:
@@ -320,21 +323,20 @@ def _bias(geometry: Geometry, tiles: Tiles) -> Prepared:
     items = positions * batch_splits
     items_per_split = ceil(items / min(wanted, items))
     splits = ceil(items / items_per_split)
-    arguments = geometry.arguments | {
-        "QUERY_TILE": tiles.query,
-        "KEY_TILE": tiles.key,
+    own = {
         "LEAD": lead,
         "OFFSETS": offsets,
         "batch_splits": batch_splits,
         "items": items,
         "items_per_split": items_per_split,
-        "splits": splits,
     }
-    options = {"STAGES": tiles.num_stages, "num_warps": tiles.num_warps, "num_stages": tiles.num_stages}
-    shape = geometry.problem.rpb.shape if geometry.problem.rpb is not None else ()
+    loaded = {"query": tiles.query, "grad_output": tiles.query, "key": tiles.key, "value": tiles.key}
+    fold = geometry.arguments | own | {"QUERY_TILE": tiles.query, "KEY_TILE": tiles.key, "splits": splits}
+    rpb = geometry.problem.rpb
+    assert rpb is not None
     launches = [
-        Launch(bias_kernel, prod(offsets) * geometry.heads * splits, arguments | options),
-        Launch(bias_fold_kernel, prod(shape), arguments | {"num_warps": 1}),
+        geometry.launch(bias_kernel, prod(offsets) * geometry.heads * splits, tiles, loaded, **own),
+        Launch(bias_fold_kernel, prod(rpb.shape), fold | {"num_warps": 1}),
     ]
     return Prepared(launches, {"partial": (splits, block)})
 

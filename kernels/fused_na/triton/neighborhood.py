@@ -165,6 +165,25 @@ def covers(begin, TILE: tl.constexpr, first_end, last_start):
 
 
 @triton.jit
+def is_unshifted_on_axis(
+    begin, members, TILE: tl.constexpr, KERNEL: tl.constexpr, STRIDE: tl.constexpr, CAUSAL: tl.constexpr
+):
+    shift: tl.constexpr = STRIDE - 1 if CAUSAL else STRIDE // 2
+    before: tl.constexpr = KERNEL - 1 if CAUSAL else KERNEL // 2
+    last_leader = (begin + TILE - 1) // STRIDE * STRIDE + shift
+    return (begin % STRIDE == 0) & (begin + shift >= before) & (last_leader + KERNEL - 1 - before < members)
+
+
+@triton.jit
+def is_unshifted(begin, members, TILE: tl.constexpr, KERNEL: tl.constexpr, STRIDE: tl.constexpr, CAUSAL: tl.constexpr):
+    """Whether a tile's queries and windows lie relative to each other as in any other tile of which this is true: it is
+    whole, starts where a stride does, and no border shifts a window."""
+    t = is_unshifted_on_axis(begin[0], members[0], TILE[0], KERNEL[0], STRIDE[0], CAUSAL[0])
+    h = is_unshifted_on_axis(begin[1], members[1], TILE[1], KERNEL[1], STRIDE[1], CAUSAL[1])
+    return t & h & is_unshifted_on_axis(begin[2], members[2], TILE[2], KERNEL[2], STRIDE[2], CAUSAL[2])
+
+
+@triton.jit
 def tile_grid(begin, end, TILE: tl.constexpr):
     """Tiles per axis that cover `[begin, end)`."""
     return tl.cdiv(end[0] - begin[0], TILE[0]), tl.cdiv(end[1] - begin[1], TILE[1]), tl.cdiv(end[2] - begin[2], TILE[2])

@@ -31,6 +31,7 @@ class Tiles(NamedTuple):
     num_stages: int
     bulk: bool = False  # load through the bulk copy engine where the machine and the layout allow it
     by_row: bool = False  # whether forward goes by single rows along t: the kernel for small windows
+    max_registers: int | None = None  # of a thread; fewer let more programs run at once, None leaves it to the compiler
 
 
 class Candidate(NamedTuple):
@@ -43,6 +44,7 @@ class Candidate(NamedTuple):
     bulk: bool
     rate: float  # executed TFLOP/s of the score products on one H100
     by_row: bool = False
+    max_registers: int | None = None
 
 
 # By kernel and regime, measured on an H100 and used everywhere. Rates only matter against each other.
@@ -222,7 +224,7 @@ def ranked_tiles(kernel: str, workload: Workload) -> list[tuple[float, Tiles]]:
     choices = []
     for cost, _, _, stationary, moving, c in ranked:
         query, key = (stationary, moving) if over_keys else (moving, stationary)
-        choices.append((cost, Tiles(query, key, c.num_warps, c.num_stages, c.bulk, c.by_row)))
+        choices.append((cost, Tiles(query, key, c.num_warps, c.num_stages, c.bulk, c.by_row, c.max_registers)))
     return choices
 
 
