@@ -18,6 +18,7 @@ from unittest.mock import patch
 import pytest
 import torch
 import torch.utils.tensorboard  # here, for all forked processes
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from training_runs import REPOSITORY, compose_train, run, train, write_image
 from video_files import write_video
 
@@ -176,6 +177,9 @@ def test_killed_at_a_random_moment(tmp_path, reference):
     assert status in (0, -signal.SIGALRM)
     assert in_child(run_dir, *SMALL, "ckpt_path=auto") == 0
     assert differences(reference("plain"), run_dir) == []
+    events = EventAccumulator(str(run_dir / "tensorboard"))
+    events.Reload()
+    assert [event.step for event in events.Scalars("train/loss_step")] == list(range(30))
 
 
 def test_auto_finds_the_newest_unfinished_run_with_these_settings(tmp_path, reference, capfd):
