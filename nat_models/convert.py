@@ -1,6 +1,7 @@
 """`python -m nat_models.convert IN OUT`: weights of any known form -> timm's format, with a report.
 
-IN is a file of the original code, of Hugging Face's `Nat*` and `Dinat*` models, or a checkpoint of `train.py`. OUT is a
+IN is a file of the original code, of Hugging Face's `Nat*` and `Dinat*` models, or a checkpoint of `train.py` outside
+its run folder; those in it are for `nat_models.export`, as the run tells the images' size and normalisation. OUT is a
 folder that `timm.create_model("local-dir:OUT", pretrained=True)` loads and that can go to a model hub as it is. If OUT
 ends in `.safetensors` it is one file, with its description in a `.json` file beside it.
 """
@@ -42,7 +43,8 @@ def convert(source: str | Path, target: str | Path, model_name: str | None = Non
 
     Raises:
         FileNotFoundError: no such file.
-        ValueError: the weights cannot be read or do not fit, the model cannot be told, or `target` exists.
+        ValueError: the weights cannot be read or do not fit, the model cannot be told, `target` exists, or `source` is
+            in its run folder.
     """
     source, target = Path(source), Path(target)
     is_file = target.suffix == ".safetensors"
@@ -50,6 +52,8 @@ def convert(source: str | Path, target: str | Path, model_name: str | None = Non
         if path.exists():
             raise ValueError(f"the output {str(path)!r} exists already")
     content = read_file(source)
+    if "hyper_parameters" in content and (source.resolve().parent.parent / "config.yaml").is_file():
+        raise ValueError(f"{str(source)!r} is a checkpoint in its run folder: python -m nat_models.export {source}")
     weights = rename(unwrap(content, str(source)))
     settings = content.get("hyper_parameters") or {}
     name = model_name or settings.get("model_name") or _name_of_file(source) or _name_of_weights(source, weights)

@@ -37,7 +37,7 @@ from nat_models.data.video.dataset import EvaluationViews, VideoOpener
 from nat_models.data.video.decoding import FRAME_EXTENSIONS
 from nat_models.data.video.sampling import Sampling
 from nat_models.data.video.transforms import evaluation_transform
-from nat_models.engine.checkpoint import find_checkpoint
+from nat_models.engine.checkpoint import find_run
 from nat_models.engine.evaluation import load_classifier
 from nat_models.engine.plots import plot_attention
 from nat_models.engine.run_folder import read_data_config
@@ -136,8 +136,7 @@ def load_run(path: str | Path) -> Predictor:
     Raises:
         FileNotFoundError, ValueError: it is none.
     """
-    run, ckpt_path = (str(path), None) if Path(path).is_dir() else (None, str(path))
-    run_dir, checkpoint = find_checkpoint(run, ckpt_path)
+    run_dir, checkpoint = find_run(path)
     module, class_names = load_classifier(checkpoint)
     data = OmegaConf.load(run_dir / "config.yaml").data
     views = None

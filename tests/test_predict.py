@@ -2,6 +2,7 @@
 
 import csv
 import re
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -102,8 +103,11 @@ def test_a_run_predicts_as_it_evaluates(run_dir: Path, image: Path, capsys: pyte
         assert torch.equal(pixels, datamodule.on_after_batch_transfer(batch, 0)[0])
 
 
-def test_converted_weights_know_their_classes(run_dir: Path, image: Path, tmp_path: Path) -> None:
-    convert(run_dir / "checkpoints" / "best.ckpt", tmp_path / "exported")
+def test_converted_weights_know_their_classes(run_dir: Path, tmp_path: Path) -> None:
+    checkpoint = run_dir / "checkpoints" / "best.ckpt"
+    with pytest.raises(ValueError, match=f"python -m nat_models.export {checkpoint}"):
+        convert(checkpoint, tmp_path / "exported")
+    convert(Path(shutil.copy(checkpoint, tmp_path)), tmp_path / "exported")
     assert load_model(f"local-dir:{tmp_path / 'exported'}").class_names == CLASSES
 
 

@@ -73,6 +73,11 @@ def best_checkpoint(trainer: lightning.Trainer) -> Path:
     return next(Path(path) for path in best + last if path)
 
 
+def find_run(path: str | Path) -> tuple[Path, Path]:
+    """`(run folder, checkpoint)` for the path of either, as `find_checkpoint` for one of its arguments."""
+    return find_checkpoint(str(path), None) if Path(path).is_dir() else find_checkpoint(None, str(path))
+
+
 def find_checkpoint(run: str | None, ckpt_path: str | None) -> tuple[Path, Path]:
     """`(run folder, checkpoint)` for what the user gave: a run folder (its best checkpoint), a checkpoint, or both.
 
