@@ -138,7 +138,7 @@ def test_greedy_soup_takes_what_does_not_harm(runs, tmp_path, capsys):
 
 
 def test_soups_of_what_does_not_mix(runs, images, tmp_path):
-    other = image_run(tmp_path / "dilated", images, "+model.model_kwargs.dilations=[1,2]", "debug=smoke")
+    other = image_run(tmp_path / "dilated", images, "+model.model_kwargs.dilations=[1,2]")
     smaller = shutil.copytree(runs[1], tmp_path / "smaller")
     cfg = OmegaConf.load(smaller / "config.yaml")
     cfg.data.mean = [0.5, 0.5, 0.5]
