@@ -10,7 +10,7 @@ under Lightning, of which only the steady steps count. Rows:
 
     case   loader               nothing but the loader, all workers at work
            training             images per second, ms of a step, ms and share of the wait for data
-    stage  one core             ms of an image in each stage of loading, in the benchmark's own process
+    stage  one core             ms of CPU time of an image in each stage of loading, in the benchmark's own process
            GPU kernels          ms of a step, of the kernels that take the most (from the profiler)
 
 A trace of some steps that read shards is written beside the table.
@@ -25,7 +25,7 @@ from collections.abc import Callable
 from functools import partial
 from multiprocessing import Pool
 from pathlib import Path
-from time import perf_counter
+from time import perf_counter, process_time
 from typing import Any
 
 import lightning
@@ -109,14 +109,14 @@ def loader_rate(data: ImageDataModule, batches: int) -> float:
 
 
 def stages(data: ImageDataModule, images: int) -> dict[str, float]:
-    """Milliseconds of one image on one core in each stage of loading: mean over `images` images."""
+    """Milliseconds of CPU time of one image in each stage of loading: mean over `images` images."""
     dataset = data.train_dataset
     seconds: dict[str, float] = {}
 
     def timed(name: str, function: Callable[[Any], Any], argument: Any) -> Any:
-        start = perf_counter()
+        start = process_time()
         result = function(argument)
-        seconds[name] = seconds.get(name, 0.0) + perf_counter() - start
+        seconds[name] = seconds.get(name, 0.0) + process_time() - start
         return result
 
     for index in np.random.default_rng(0).integers(0, len(dataset), images).tolist():

@@ -39,7 +39,7 @@ MODELS = [
     "swin_base_patch4_window7_224",
     "convnext_base",
 ]
-COLUMNS = ["model", "mode", "batch_size", "image_size", "dtype", "status", "images_per_s", "peak_gib"]
+COLUMNS = ["model", "mode", "batch_size", "image_size", "dtype", "cuda_graphs", "status", "images_per_s", "peak_gib"]
 COLUMNS += ["logits_error", "gradients_error", "parameters_m"]
 TOLERANCE = {torch.bfloat16: 0.05, torch.float16: 0.02, torch.float32: 1e-3}
 """Relative, by norm; autocast to bfloat16 alone changes logits and gradients by about 0.01."""
@@ -49,7 +49,14 @@ class Subject:
     """A model, eager and compiled, with a batch of random images and labels."""
 
     def __init__(
-        self, name: str, batch_size: int, image_size: int | None, dtype: torch.dtype, device: torch.device, backend: str
+        self,
+        name: str,
+        batch_size: int,
+        image_size: int | None,
+        dtype: torch.dtype,
+        device: torch.device,
+        backend: str,
+        cuda_graphs: bool = False,
     ) -> None:
         torch.manual_seed(0)
         self.model = timm.create_model(name, drop_path_rate=0.0).to(device)
@@ -57,7 +64,8 @@ class Subject:
         size = size if image_size is None else [image_size, image_size]
         self.images = torch.randn(batch_size, in_chans, *size, device=device)
         self.labels = torch.randint(self.model.num_classes, (batch_size,), device=device)
-        self.compiled: nn.Module = torch.compile(self.model, backend=backend)  # type: ignore[assignment]
+        mode = "reduce-overhead" if cuda_graphs else None
+        self.compiled: nn.Module = torch.compile(self.model, backend=backend, mode=mode)  # type: ignore[assignment]
         self.device, self.dtype = device, dtype
 
     def _autocast(self) -> torch.autocast:
@@ -66,6 +74,7 @@ class Subject:
     def infer(self, model: nn.Module) -> Tensor:
         """Logits `[B, num_classes]`."""
         model.eval()
+        torch.compiler.cudagraph_mark_step_begin()
         with torch.no_grad(), self._autocast():
             return model(self.images)
 
@@ -73,6 +82,7 @@ class Subject:
         """Leaves the gradients of the cross-entropy in the parameters."""
         model.train()
         model.zero_grad(set_to_none=True)
+        torch.compiler.cudagraph_mark_step_begin()
         with self._autocast():
             loss = F.cross_entropy(model(self.images), self.labels)
         loss.backward()
@@ -142,8 +152,11 @@ def rows_of(name: str, options: argparse.Namespace) -> Iterable[Row]:
     """One row for training and one for inference."""
     device, dtype = torch.device(options.device), getattr(torch, options.dtype)
     row: Row = {"model": name, "batch_size": options.batch_size, "dtype": options.dtype}
+    row["cuda_graphs"] = "yes" if options.cuda_graphs else "no"
     try:
-        subject = Subject(name, options.batch_size, options.image_size, dtype, device, options.backend)
+        subject = Subject(
+            name, options.batch_size, options.image_size, dtype, device, options.backend, options.cuda_graphs
+        )
         row["image_size"] = subject.images.shape[-1]
         row["parameters_m"] = sum(parameter.numel() for parameter in subject.model.parameters()) / 1e6
         results = measure(subject, options.steps, options.rounds)
@@ -162,6 +175,9 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--image-size", type=int, help="pixels a side, for models that take any (default: the model's)")
     parser.add_argument("--dtype", choices=["bfloat16", "float16", "float32"], default="bfloat16")
     parser.add_argument("--backend", default="inductor", help="of torch.compile (default: %(default)s)")
+    parser.add_argument(
+        "--cuda-graphs", action="store_true", help="compile with mode='reduce-overhead': the host's time does not count"
+    )
     parser.add_argument("--steps", type=int, default=10, help="in a round (default: %(default)s)")
     parser.add_argument("--rounds", type=int, default=3, help="(default: %(default)s)")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")

@@ -187,3 +187,22 @@ def test_local_attention_script(tmp_path: Path) -> None:
     rows = read(out)
     assert len(rows) == 2 * 3 * 2 and {row["status"] for row in rows} == {"ok"}
     assert out.with_suffix(".png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_scaling_script(tmp_path: Path) -> None:
+    out = tmp_path / "scaling.csv"
+    run("scaling.py", "--dtype", "float32", "--out", str(out))
+    rows = read(out)
+    assert len(rows) == 2 * 2 and {row["status"] for row in rows} == {"ok"}
+    assert [float(row["times_linear"]) for row in rows[2:]] == [1.0, 1.0]
+    assert out.with_suffix(".png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_report_script(tmp_path: Path) -> None:
+    """The recorded times, whose table docs/kernel-budget.md holds."""
+    root, picture = BENCHMARKS.parent, tmp_path / "times.png"
+    command = [sys.executable, str(BENCHMARKS / "attention_report.py"), "results/attention-h100.csv", str(picture)]
+    output = subprocess.run(command, cwd=root, capture_output=True, text=True, check=True).stdout
+    for text in output.strip().split("\n\n"):
+        assert text in (root / "docs" / "kernel-budget.md").read_text()
+    assert picture.read_bytes().startswith(b"\x89PNG")

@@ -1,0 +1,96 @@
+"""Time of neighborhood attention against the number of tokens, which should grow in proportion.
+
+    python benchmarks/scaling.py --out results/scaling.csv
+
+Maps of 64 x 64 to 1024 x 1024 tokens with windows of 7 x 7 and 13 x 13, and clips of 8 x 32 x 32 to 64 x 96 x 96 with
+windows of 5 x 5 x 5; one sample, 4 heads of 32. `times_linear` is the time of a token over that of the series' largest
+problem: 1 is linear growth, and more what a small problem leaves unused of the GPU. Writes a PNG beside the CSV.
+Checked and timed as in `timing.py`.
+"""
+
+import argparse
+from pathlib import Path
+
+import matplotlib
+import torch
+from attention import Row, print_table
+from problems import Problem
+from providers import fused_na
+from record import write_csv
+from timing import PASSES, measure, provenance
+
+from fused_na.window import Axis
+
+
+def _map(side: int, kernel_size: int) -> Problem:
+    return Problem(1, (Axis(side, kernel_size),) * 2, 4, 32)
+
+
+def _clip(frames: int, side: int) -> Problem:
+    return Problem(1, (Axis(frames, 5), Axis(side, 5), Axis(side, 5)), 4, 32)
+
+
+SERIES = {
+    "map, 7 x 7": [_map(side, 7) for side in (64, 128, 256, 512, 1024)],
+    "map, 13 x 13": [_map(side, 13) for side in (64, 128, 256, 512, 1024)],
+    "clip, 5 x 5 x 5": [_clip(*size) for size in ((8, 32), (16, 48), (32, 64), (64, 64), (64, 96))],
+}
+TINY = {"map, 3 x 3": [_map(side, 3) for side in (4, 8)]}
+
+
+def plot(rows: list[Row], path: Path) -> None:
+    """Milliseconds by tokens, one panel for each pass, beside lines of linear growth."""
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    figure, panels = pyplot.subplots(1, len(PASSES), figsize=(12, 5), sharey=True, layout="constrained")
+    for panel, name in zip(panels, PASSES, strict=True):
+        for i, series in enumerate(dict.fromkeys(row["series"] for row in rows)):
+            points = [
+                (row["tokens"], row["ms"])
+                for row in rows
+                if (row["series"], row["pass"]) == (series, name) and "ms" in row
+            ]
+            if points:
+                tokens, times = zip(*points, strict=True)
+                panel.loglog(tokens, times, "o-", color=f"C{i}", label=series)
+                panel.loglog(tokens, [times[-1] * n / tokens[-1] for n in tokens], ":", color=f"C{i}")
+        panel.set_title({"fwd": "forward", "bwd": "backward"}[name])
+        panel.set_xlabel("tokens")
+    panels[0].set_ylabel("milliseconds (dotted: linear)")
+    panels[0].legend()
+    figure.suptitle(f"{rows[0]['device']}, {rows[0]['dtype']}, torch {rows[0]['torch']}, triton {rows[0]['triton']}")
+    figure.savefig(path, dpi=150)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--out", type=Path, required=True, metavar="FILE.csv")
+    parser.add_argument("--dtype", choices=["bfloat16", "float16", "float32"], default="bfloat16")
+    parser.add_argument("--quick", action="store_true", help="tiny problems and few repeats, for a first look on a CPU")
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--commit", help="recorded instead of what git says, for a copy without its history")
+    options = parser.parse_args()
+
+    device, dtype = torch.device(options.device), getattr(torch, options.dtype)
+    where = provenance(device, options.commit)
+    rows: list[Row] = []
+    for series, problems in (TINY if options.quick else SERIES).items():
+        for problem in problems:
+            results = measure(problem, fused_na, PASSES, dtype, device, repeats=3 if options.quick else 20)
+            size = " x ".join(map(str, problem.spatial))
+            for name, result in results.items():
+                row: Row = {"series": series, "size": size, "tokens": problem.tokens, "pass": name}
+                rows.append(row | {"dtype": options.dtype} | result | where)
+    for row in rows:
+        largest = [other for other in rows if (other["series"], other["pass"]) == (row["series"], row["pass"])][-1]
+        if "ms" in row and "ms" in largest:
+            row["times_linear"] = row["ms"] / row["tokens"] / (largest["ms"] / largest["tokens"])  # type: ignore[operator]
+    columns = ["series", "size", "tokens", "pass", "dtype", "status", "ms", "times_linear", "max_error"]
+    write_csv(options.out, [{name: row.get(name, "") for name in [*columns, *where]} for row in rows])
+    plot(rows, options.out.with_suffix(".png"))
+    print_table(rows, columns)
+
+
+if __name__ == "__main__":
+    main()
