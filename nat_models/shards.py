@@ -236,9 +236,10 @@ def _write_all(options: argparse.Namespace) -> None:
         classes = classes or class_names(source)
         if classes is None:
             raise ValueError(f"{options.source!r} does not tell its classes")
+        settings["source_images"] = len(source)
         if (out / f"{split}.json").exists():
             found = read_index(options.out, split)
-            if {key: found[key] for key in settings} != settings or found["classes"] != classes:
+            if {key: found.get(key) for key in settings} != settings or found["classes"] != classes:
                 raise ValueError(f"{out} holds shards of {split!r} that were made otherwise; remove them first")
             print(f"{split}: complete")
             continue

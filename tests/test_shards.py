@@ -129,6 +129,9 @@ def test_a_stopped_run_goes_on_and_gives_the_same_bytes(folder, packed, tmp_path
     assert contents(out) == contents(packed)
     pack(folder, out)
     assert "train: complete" in capsys.readouterr().out
+    with pytest.raises(SystemExit):  # another folder has another number of images
+        pack(write_image_folder(tmp_path / "images"), out)
+    assert "were made otherwise" in capsys.readouterr().err
 
 
 def test_reduced_images_have_the_short_side(folder, tmp_path):
