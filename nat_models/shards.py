@@ -216,7 +216,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if options.check:
             return _check(options.out, options.splits)
         _write_all(options)
-    except (ValueError, FileNotFoundError) as error:
+    except (ValueError, OSError) as error:
         # An error from a worker process carries that process's traceback; its last line is the message.
         lines = [line for line in str(error).splitlines() if line.strip()]
         parser.error(lines[-1].removeprefix(f"{type(error).__module__}.{type(error).__qualname__}: "))

@@ -33,6 +33,7 @@ def test_the_record_of_a_run_repeats_it(tmp_path):
 
     repeated = tmp_path / "repeated"
     train(compose_train(repeated, *manifest["overrides"]))
+    assert OmegaConf.load(first / "config.yaml").trainer.deterministic is True
     configs = [OmegaConf.to_yaml(OmegaConf.load(folder / "config.yaml")) for folder in (first, repeated)]
     assert configs[0].replace(str(first), "RUN") == configs[1].replace(str(repeated), "RUN")
     again = json.loads((repeated / "manifest.json").read_text())
