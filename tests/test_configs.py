@@ -30,7 +30,8 @@ from nat_models.engine.build import (
 from nat_models.engine.classification import ClassificationModule
 
 EXPERIMENTS = REPOSITORY / "configs" / "experiment"
-IMAGENET = sorted(path.stem for path in (EXPERIMENTS / "imagenet").glob("*.yaml") if path.stem != "recipe")
+IMAGENET = sorted(path.stem for path in (EXPERIMENTS / "imagenet").glob("*.yaml"))
+IMAGENET = [name for name in IMAGENET if name not in ("recipe", "finetune_384")]
 VIDEO_SETS = ("kinetics400", "something_v2", "ucf101", "hmdb51")
 VIDEO = [f"{folder}/{path.stem}" for folder in VIDEO_SETS for path in sorted((EXPERIMENTS / folder).glob("*.yaml"))]
 VIDEO = [name for name in VIDEO if not name.endswith("/recipe")]
@@ -91,8 +92,23 @@ def test_imagenet_recipe_states_its_source_and_builds(tmp_path, name):
     with torch.device("meta"):
         module = build_module(cfg, build_datamodule(cfg), build_trainer(cfg))
     assert module.model.num_classes == 3
-    gpus_times_batch = 8 * (64 if name == "dinat_large" else 128)
-    assert learning_rate(cfg, gpus_times_batch) == (5e-5 if name == "dinat_large" else 1e-3)
+    fine_tuned = name == "dinat_large" or name.endswith("_384")
+    assert learning_rate(cfg, 8 * (64 if fine_tuned else 128)) == (5e-5 if fine_tuned else 1e-3)
+
+
+def test_fine_tuning_at_384_starts_from_a_run_at_224(tmp_path):
+    root = write_image_folder(tmp_path / "images")
+    data = [f"data.root={root}", "trainer.accelerator=cpu", "data.num_workers=0", "data.batch_size=4"]
+    train(compose_train(tmp_path / "224", "experiment=imagenet/nat_tiny", *data, *TINY, "data.img_size=64",
+                        "debug=smoke"))  # fmt: skip
+    checkpoint = tmp_path / "224" / "checkpoints" / "last.ckpt"
+    given = f"+model.model_kwargs.pretrained_cfg_overlay.file={checkpoint}"
+    cfg = compose_train(tmp_path / "384", "experiment=imagenet/nat_tiny_384", *data, *TINY[1:], given)
+    datamodule = build_datamodule(cfg)
+    assert datamodule.train_dataset[0][0].shape == (3, 384, 384)
+    module = build_module(cfg, datamodule, build_trainer(cfg))
+    weights = torch.load(checkpoint, weights_only=True)["state_dict"]
+    assert all(torch.equal(value, weights[f"model.{name}"]) for name, value in module.model.state_dict().items())
 
 
 @pytest.mark.parametrize("name", IMAGENET)
