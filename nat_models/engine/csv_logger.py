@@ -6,6 +6,7 @@ from pathlib import Path
 
 from lightning.pytorch.loggers import CSVLogger
 from lightning.pytorch.loggers.csv_logs import ExperimentWriter
+from lightning.pytorch.loggers.logger import rank_zero_experiment
 
 from nat_models.engine.files import replace_file
 
@@ -22,6 +23,7 @@ class ContinuedCSVLogger(CSVLogger):
         super().__init__(save_dir, name, version="")
 
     @property
+    @rank_zero_experiment
     def experiment(self) -> ExperimentWriter:
         if self._experiment is None:
             self._experiment = _ContinuedWriter(self.log_dir)

@@ -7,7 +7,7 @@ from types import FrameType
 from typing import Any
 
 import lightning
-from lightning.pytorch.callbacks import Callback
+from lightning.pytorch.callbacks import Callback, ModelCheckpoint
 from lightning.pytorch.loggers import TensorBoardLogger
 
 from nat_models.data.workers import PREEMPTION_SIGNALS
@@ -100,11 +100,13 @@ class LastCheckpoint(Callback):
         for epochs in checkpoint["loops"]["fit_loop"]["epoch_progress"].values():
             epochs["completed"] = epochs["processed"]
         self._begins_epoch = Position.of(checkpoint).batch == 0
-        # The best checkpoint is found again where the run folder has been moved.
         folder = self.path.resolve().parent
-        for state in checkpoint["callbacks"].values():
-            if "best_k_models" in state and Path(str(trainer.ckpt_path)).resolve().parent == folder:
-                _relocate(state, folder)
+        if Path(str(trainer.ckpt_path)).resolve().parent == folder:
+            for callback in trainer.checkpoint_callbacks:
+                if isinstance(callback, ModelCheckpoint) and callback.state_key in checkpoint["callbacks"]:
+                    state = checkpoint["callbacks"][callback.state_key]
+                    _relocate(state, folder)  # else the best score is forgotten where the run folder has been moved
+                    callback.current_score = state["current_score"]  # Lightning saves it, but does not restore it
 
     def _on_signal(self, number: int, frame: FrameType | None) -> None:
         self._signal = signal.Signals(number)
