@@ -284,6 +284,9 @@ def test_damaged_checkpoints(tmp_path, reference, capfd):
     last, previous = (run_dir / "checkpoints" / name for name in ("last.ckpt", "previous.ckpt"))
     damage(last)
     (last.parent / "last.ckpt.tmp").write_bytes(b"what a killed process leaves")
+    soon = at_call(5, ClassificationModule, "training_step")
+    assert in_child(run_dir, *SMALL, "ckpt_path=auto", prepare=soon) == -signal.SIGKILL
+    assert [Position.of(read_checkpoint(path)).step for path in (last, previous)] == [15, 12]
     assert in_child(run_dir, *SMALL, "ckpt_path=auto") == 0
     output = capfd.readouterr().out
     assert f"going on from {previous} (epoch 1, batch 2) because '{last}' is damaged" in output

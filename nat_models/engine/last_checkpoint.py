@@ -11,7 +11,7 @@ from lightning.pytorch.callbacks import Callback, ModelCheckpoint
 from lightning.pytorch.loggers import TensorBoardLogger
 
 from nat_models.data.workers import PREEMPTION_SIGNALS
-from nat_models.engine.checkpoint_io import LAST
+from nat_models.engine.checkpoint_io import LAST, PREVIOUS
 from nat_models.engine.errors import Preempted
 from nat_models.engine.position import Position
 
@@ -101,7 +101,10 @@ class LastCheckpoint(Callback):
             epochs["completed"] = epochs["processed"]
         self._begins_epoch = Position.of(checkpoint).batch == 0
         folder = self.path.resolve().parent
-        if Path(str(trainer.ckpt_path)).resolve().parent == folder:
+        path = Path(str(trainer.ckpt_path))
+        if path.resolve().parent == folder:
+            if path.name == PREVIOUS and trainer.is_global_zero:
+                self.path.unlink(missing_ok=True)  # being damaged, it must not become the previous one
             for callback in trainer.checkpoint_callbacks:
                 if isinstance(callback, ModelCheckpoint) and callback.state_key in checkpoint["callbacks"]:
                     state = checkpoint["callbacks"][callback.state_key]
