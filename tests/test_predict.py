@@ -19,6 +19,7 @@ from timm.data import ImageNetInfo
 from training_runs import CLASSES, compose_train, train, write_image, write_image_folder
 from video_files import write_video
 
+from nat_models import stream
 from nat_models.annotated_copy import draw_prediction, read_frames
 from nat_models.convert import convert
 from nat_models.engine.build import build_evaluation_datamodule
@@ -212,7 +213,12 @@ def video_run(tmp_path_factory: pytest.TempPathFactory) -> Path:
     for name in ("train", "validation"):
         (folder / f"{name}.csv").write_text("".join(f"videos/{i}.mp4,{'abc'[i % 3]}\n" for i in range(6)))
     settings = ["experiment=none", "data=video", "data.name=test", f"data.root={folder}", "data.img_size=32"]
-    settings += ["model.model_name=nat3d_mini", "data.batch_size=3", "data.num_workers=0", "trainer.accelerator=cpu"]
+    settings += [
+        "model.model_name=nat_stream_tiny",
+        "data.batch_size=3",
+        "data.num_workers=0",
+        "trainer.accelerator=cpu",
+    ]
     settings += [f"+model.model_kwargs.{key}={value}".replace(" ", "") for key, value in CLIPS.items()]
     settings += ["data.sampling.num_frames=4", "data.test_views={clips: 2, crops: 3}", "trainer.max_epochs=1"]
     settings += ["optim.schedule.warmup_epochs=0", "optim.schedule.cooldown_epochs=0"]
@@ -246,6 +252,12 @@ def test_annotated_copies_hold_the_prediction_of_the_video(
         for frame, copy in zip(frames, copied, strict=True):
             expected = np.asarray(draw_prediction(frame.image, prediction), int)
             assert copy.time == frame.time and np.abs(np.asarray(copy.image, int) - expected).mean() < 3
+
+
+def test_a_run_of_a_streaming_model_streams(video_run: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    stream.main([str(video_run), str(video_run.parent / "videos" / "2.mp4"), "--rate", "30"])
+    *lines, summary = capsys.readouterr().out.splitlines()
+    assert len(lines) == 10 and all(line[-1] in "abc" for line in lines) and summary.startswith("10 frames")
 
 
 def test_inputs_of_models_of_clips(video_run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

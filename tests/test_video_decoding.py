@@ -5,6 +5,8 @@ import json
 import sys
 from bisect import bisect_right
 from fractions import Fraction
+from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -13,7 +15,14 @@ import webdataset
 from PIL import Image
 from video_files import SIZE, numbers_in, picture, rotate_display, upright, write_video
 
-from nat_models.data.video.decoding import VideoError, check_decoder, decoder_version, open_video, shown_at
+from nat_models.data.video.decoding import (
+    TorchCodecVideo,
+    VideoError,
+    check_decoder,
+    decoder_version,
+    open_video,
+    shown_at,
+)
 
 FORMATS = [
     ("libx264", "mp4"),
@@ -56,9 +65,11 @@ def middles(indices, rate) -> list[float]:
 @decoders
 @pytest.mark.parametrize(("codec", "extension"), FORMATS)
 def test_every_frame_of_every_format(tmp_path, decoder, codec, extension):
-    if decoder == "torchcodec" and (codec, extension) in TORCHCODEC_CANNOT:
-        pytest.skip("torchcodec needs packets that tell their frames' times, and does not read streams to their end")
     path = write_video(tmp_path / f"video.{extension}", codec=codec)
+    if decoder == "torchcodec" and (codec, extension) in TORCHCODEC_CANNOT:
+        with pytest.raises(VideoError, match="data.decoder=pyav reads them"):
+            open_video(path, decoder)
+        return
     video = open_video(path, decoder)
     assert video.num_frames == 60 and video.duration == pytest.approx(2, abs=0.01)
     assert numbers_in(video.frames_at(middles(range(60), 30))) == list(range(60))
@@ -67,6 +78,24 @@ def test_every_frame_of_every_format(tmp_path, decoder, codec, extension):
         frames = open_video(path, decoder).frames_at(middles(indices, 30))
         assert frames.dtype == torch.uint8 and frames.shape == (len(indices), 3, SIZE[1], SIZE[0])
         assert numbers_in(frames) == indices
+
+
+@pytest.mark.parametrize(
+    ("name", "codec", "refused"),
+    [("a.ts", "h264", True), ("a.avi", "h264", True), ("a.webm", "vp8", True), ("a.mp4", "h264", False),
+     ("a.avi", "mpeg4", False), ("a.webm", "vp9", False)],
+)  # fmt: skip
+def test_what_torchcodec_may_miss_is_refused(tmp_path, monkeypatch, name, codec, refused):
+    """With a stand-in for its decoder, so that this is seen where FFmpeg's libraries are missing too."""
+    decoders = pytest.importorskip("torchcodec.decoders")
+    metadata = SimpleNamespace(codec=codec, num_frames=3, num_frames_from_header=3)
+    metadata.begin_stream_seconds, metadata.end_stream_seconds = 0.0, 0.1
+    monkeypatch.setattr(decoders, "VideoDecoder", lambda *args, **kwargs: SimpleNamespace(metadata=metadata))
+    if not refused:
+        assert TorchCodecVideo(tmp_path / name).num_frames == 3
+        return
+    with pytest.raises(VideoError, match=f"torchcodec may miss frames of {codec} in {Path(name).suffix} files"):
+        TorchCodecVideo(tmp_path / name)
 
 
 @pytest.mark.parametrize(("codec", "extension"), [("libx264", "mp4"), ("libx264", "ts"), ("libx265", "mkv")])

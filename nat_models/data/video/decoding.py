@@ -30,6 +30,7 @@ SHARD_SEPARATOR = ".tar/"
 END_TOLERANCE = 0.5
 # Codecs whose containers hold packets that show no frame, so that only decoding tells the frames.
 HIDDEN_FRAME_CODECS = ("vp8",)
+TRANSPORT_STREAMS = (".ts", ".mts", ".m2ts")
 
 
 class VideoError(ValueError):
@@ -294,8 +295,10 @@ def _advance(frames: Iterator[tuple[int, Any]], wanted: int) -> Any:
 class TorchCodecVideo:
     """A video file through torchcodec, on the CPU or decoded by an NVIDIA GPU (`device="cuda"`).
 
+    It relies on packets that tell their frames' times, and does not read transport streams to their end.
+
     Raises:
-        VideoError: not a video, or without frames.
+        VideoError: not a video, without frames, or of a kind that torchcodec does not read to the frame.
     """
 
     def __init__(self, path: Path, device: str = "cpu") -> None:
@@ -311,6 +314,13 @@ class TorchCodecVideo:
             raise VideoError(f"cannot decode {path}: {_reason(error)}") from error
         if not self.num_frames:
             raise VideoError(f"cannot decode {path}: it holds no frames")
+        container, codec = path.suffix.lower(), metadata.codec
+        unordered = container == ".avi" and codec in ("h264", "hevc")
+        if container in TRANSPORT_STREAMS or codec in HIDDEN_FRAME_CODECS or unordered:
+            raise VideoError(
+                f"cannot decode {path}: torchcodec may miss frames of {codec} in {container} files; data.decoder=pyav "
+                f"reads them"
+            )
         told = metadata.num_frames_from_header
         if told and self.num_frames < told:
             raise VideoError(f"cannot decode {path}: only {self.num_frames} of its {told} frames are there")
