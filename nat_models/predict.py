@@ -25,13 +25,13 @@ from timm.data import ImageNetInfo, get_img_extensions, infer_imagenet_subset, r
 from timm.utils import ParseKwargs, natural_key
 from torch import Tensor, nn
 
-from nat_models.annotated_copy import AnnotatedCopy, copy_paths, read_frames
 from nat_models.attention import LayerAttention, capture_attention
 from nat_models.checkpoints import infer_sizes, read_file, rename, unwrap
 from nat_models.data import UndecodableImageError
 from nat_models.data.datasets import DECODE_ERRORS
 from nat_models.data.device_transforms import DeviceTransform
 from nat_models.data.transforms import create_transform
+from nat_models.data.video.annotated_copy import AnnotatedCopy, copy_paths, read_frames
 from nat_models.data.video.annotations import VIDEO_EXTENSIONS, LabelledVideo
 from nat_models.data.video.dataset import EvaluationViews, VideoOpener
 from nat_models.data.video.decoding import FRAME_EXTENSIONS

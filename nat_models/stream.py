@@ -15,7 +15,7 @@ from time import perf_counter
 
 import torch
 
-from nat_models.annotated_copy import AnnotatedCopy, Frame, copy_paths, read_frames
+from nat_models.data.video.annotated_copy import AnnotatedCopy, Frame, copy_paths, read_frames
 from nat_models.nat_stream import NATStream
 from nat_models.predict import Predictor, add_annotate_option, add_model_options, load
 

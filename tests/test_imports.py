@@ -20,6 +20,8 @@ LAYERS = {
     "nat_models.engine": ["nat_models"],
     "nat_models.predict": ["nat_models"],  # a command, as train and eval
     "nat_models.stream": ["nat_models"],  # likewise
+    "nat_models.export": ["nat_models"],
+    "nat_models.soup": ["nat_models"],
     "nat_models": ["fused_na", "nat_models"],  # the model families; see MODELS_FORBID
     "train": ["nat_models"],
     "eval": ["nat_models"],

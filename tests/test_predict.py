@@ -20,8 +20,8 @@ from training_runs import CLASSES, compose_train, train, write_image, write_imag
 from video_files import write_video
 
 from nat_models import stream
-from nat_models.annotated_copy import draw_prediction, read_frames
 from nat_models.convert import convert
+from nat_models.data.video.annotated_copy import draw_prediction, read_frames
 from nat_models.engine.build import build_evaluation_datamodule
 from nat_models.engine.checkpoint import read_checkpoint
 from nat_models.predict import attention_files, draw_attention, find_inputs, load_model, load_run, main

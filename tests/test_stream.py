@@ -16,7 +16,7 @@ from PIL import Image
 from safetensors.torch import save_file
 from video_files import SIZE, rotate_display, write_video
 
-from nat_models.annotated_copy import draw_prediction, read_frames
+from nat_models.data.video.annotated_copy import draw_prediction, read_frames
 from nat_models.data.video.decoding import VideoError, open_video
 from nat_models.predict import load_model
 from nat_models.stream import classify, main
