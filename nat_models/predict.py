@@ -378,7 +378,7 @@ def main(arguments: list[str] | None = None) -> None:
                     for frame in read_frames(str(path)):
                         copy.write(frame, prediction)
                 print(f"annotated copy in {copies[i]}\n")
-    except (ValueError, FileNotFoundError) as error:
+    except (ValueError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         raise SystemExit(2) from None
 

@@ -108,7 +108,7 @@ def main(arguments: list[str] | None = None) -> None:
                     writer.write(frame, answer.prediction)
     except KeyboardInterrupt:
         pass  # how a live stream ends
-    except (ValueError, FileNotFoundError) as error:
+    except (ValueError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         raise SystemExit(2) from None
     if latencies:

@@ -145,6 +145,22 @@ def test_mistakes_are_named(video: Path, weights: Path, tmp_path: Path, capsys: 
     for arguments, message in (
         (["nat_stream_tiny", str(text), "--checkpoint", str(weights), *TINY_ARGUMENTS], "error: cannot decode "),
         (
+            ["nat_stream_tiny", str(text), "--checkpoint", str(weights), *TINY_ARGUMENTS, "--annotate", str(tmp_path)],
+            "error: cannot decode ",
+        ),
+        (
+            [
+                "nat_stream_tiny",
+                str(video),
+                "--checkpoint",
+                str(weights),
+                *TINY_ARGUMENTS,
+                "--annotate",
+                f"{text}/x.mp4",
+            ],
+            "exists",
+        ),
+        (
             [image_model[0], str(video), *image_model[1:], "num_heads=(1,)"],
             "error: the model must be a streaming one (nat_stream_*), got a NAT",
         ),
@@ -154,5 +170,6 @@ def test_mistakes_are_named(video: Path, weights: Path, tmp_path: Path, capsys: 
         with pytest.raises(SystemExit, match="2"):
             main(arguments)
         assert message in capsys.readouterr().err
+    assert not list(tmp_path.glob("*_annotated.mp4"))
     with pytest.raises(VideoError, match="cannot decode"):
         list(read_frames(str(tmp_path / "missing.mp4")))

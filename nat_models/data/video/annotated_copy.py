@@ -145,7 +145,7 @@ class AnnotatedCopy:
             self._container.mux(self._stream.encode())
         self._container.close()
         if error_type is not None and not issubclass(error_type, KeyboardInterrupt):  # how a live stream ends
-            self.path.unlink()
+            self.path.unlink(missing_ok=True)
 
 
 def draw_prediction(image: Image.Image, prediction: Prediction) -> Image.Image:
