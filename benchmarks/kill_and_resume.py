@@ -74,19 +74,20 @@ def main() -> None:
     parser.add_argument("--output", type=Path, help="csv file of the outcome")
     parser.add_argument("overrides", nargs="*", metavar="KEY=VALUE", help="for train.py, after the script's own")
     arguments = parser.parse_args()
+    overrides = ["trainer.max_epochs=10", *arguments.overrides]
     moments = random.Random(arguments.seed)
     rows = []
     with tempfile.TemporaryDirectory() as folder:
         reference = Path(folder) / "reference"
-        seconds = train(reference, arguments.overrides)
+        seconds = train(reference, overrides)
         print(f"uninterrupted: {seconds:.1f} s of training")
         for trial in range(arguments.kills):
             run_dir = Path(folder) / str(trial)
             moment = moments.uniform(0, seconds)
-            train(run_dir, arguments.overrides, moment)
+            train(run_dir, overrides, moment)
             kept = [name for name in ("last.ckpt", "previous.ckpt") if (run_dir / "checkpoints" / name).exists()]
             step = torch.load(run_dir / "checkpoints" / kept[0], weights_only=True)["global_step"] if kept else None
-            train(run_dir, [*arguments.overrides, "ckpt_path=auto"])
+            train(run_dir, [*overrides, "ckpt_path=auto"])
             found = differences(reference, run_dir)
             outcome = "; ".join(found) or "equal to the last bit"
             print(f"killed after {moment:5.2f} s, went on from step {step or 0:3d}: {outcome}", flush=True)
