@@ -11,6 +11,7 @@ from timm.data.random_erasing import RandomErasing as TimmErasing
 from torch.nn import functional as F
 from torchvision.transforms import functional as pixels
 
+from nat_models.data import device_transforms
 from nat_models.data.device_transforms import DeviceTransform, Mixup, RandomErasing, batch_generator
 
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
@@ -158,6 +159,23 @@ def test_shares_are_distributed_as_timms(alphas):
 def test_settings_that_make_no_sense(make, message):
     with pytest.raises(ValueError, match=message):
         make()
+
+
+def test_each_step_is_one_graph():
+    images, labels = random_images(4, 3, 16, 12), torch.arange(4)
+    mean, std = torch.zeros(3, 1, 1), torch.ones(3, 1, 1)
+    generator = np.random.default_rng(0)
+    erasing = RandomErasing(1.0, "pixel")
+    boxes, noise = erasing.boxes(4, 16, 12, generator), erasing.noise(images, generator)
+    drawn = Mixup(5, 0.8, 1.0, mode="elem").draw(4, 16, 12, generator)
+    for function, arguments in (
+        (device_transforms._normalize, (images, mean, std)),
+        (device_transforms._normalize_and_erase, (images, mean, std, boxes, noise)),
+        (device_transforms._mix, (images.float(), labels, *drawn, 5, 0.1)),
+    ):
+        traced = torch.compile(function.__wrapped__, fullgraph=True, backend="eager")
+        for result, expected in zip(traced(*arguments), function(*arguments), strict=True):
+            assert torch.equal(result, expected)
 
 
 @pytest.mark.gpu
