@@ -42,6 +42,9 @@ def export(run: str | Path, target: str | Path | None = None) -> Path:
     if target.exists():
         raise ValueError(f"the output {str(target)!r} exists already")
     module, class_names = load_classifier(checkpoint)
+    started_from_published = OmegaConf.load(run_dir / "config.yaml").model.pretrained
+    for key in ("tag",) if started_from_published else ("tag", "license", "origin_url"):
+        module.model.pretrained_cfg.pop(key, None)  # type: ignore[union-attr, operator]  # of the published weights
     data_config = read_data_config(run_dir)
     target.parent.mkdir(parents=True, exist_ok=True)
     with TemporaryDirectory(dir=target.parent) as folder:

@@ -53,6 +53,7 @@ def test_exported_run_is_a_timm_model(runs, tmp_path):
     assert process.returncode == 0, process.stderr
     target = tmp_path / "out" / "nat_of_mine"
     assert {path.name for path in target.iterdir()} == {"model.safetensors", "config.json", "README.md"}
+    assert not {"tag", "license", "url"} & json.loads((target / "config.json").read_text())["pretrained_cfg"].keys()
     model = timm.create_model(f"local-dir:{target}", pretrained=True)
     config = timm.data.resolve_model_data_config(model)
     assert config["input_size"] == (3, 32, 48) and config["crop_pct"] == 0.9
