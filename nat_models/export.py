@@ -123,11 +123,11 @@ def _training(run_dir: Path) -> list[str]:
         return ["How this was trained is not recorded."]
     manifest = json.loads(path.read_text())
     git = manifest["git"]
-    commit = "unknown" if git is None else git["commit"]
+    commit = "unknown" if git is None else git["commit"] + (", with changes" if git["changes"] else "")
     versions = ", ".join(f"{name} {manifest['packages'][name]}" for name in PACKAGES if name in manifest["packages"])
     lines = [
         f"- Command: `{join(manifest['command'])}`",
-        f"- Commit: {commit}{', with changes' if git is not None and _changed(run_dir) else ''}",
+        f"- Commit: {commit}",
         f"- Versions: Python {manifest['python']}, {versions}",
         f"- Device: {manifest['world_size']} x {manifest['device']}",
         f"- Started: {manifest['started']}",
@@ -135,11 +135,6 @@ def _training(run_dir: Path) -> list[str]:
     if ingredients := manifest.get("soup"):
         lines += ["- Mean of the weights of:", *(f"  - `{path}`" for path in ingredients)]
     return lines
-
-
-def _changed(run_dir: Path) -> bool:
-    """Whether the run recorded changes of the code since its commit."""
-    return any(run_dir.glob("changes-*.patch"))
 
 
 def main(arguments: list[str] | None = None) -> None:

@@ -57,8 +57,8 @@ class Views:
     """
 
     sampling: Sampling
-    clips: int = 4
-    crops: int = 3
+    clips: int = 1
+    crops: int = 1
     decoder: str = "pyav"
     frame_rate: float = 30.0
 
@@ -141,7 +141,8 @@ def load_run(path: str | Path) -> Predictor:
     data = OmegaConf.load(run_dir / "config.yaml").data
     views = None
     if "sampling" in data:
-        views = Views(Sampling(**data.sampling), **data.test_views, decoder=data.decoder, frame_rate=data.frame_rate)
+        decoding = dict(decoder=data.decoder, frame_rate=data.frame_rate)
+        views = Views(Sampling(**data.sampling), **(data.test_views or {}), **decoding)
     return Predictor(module.model, class_names, read_data_config(run_dir), views)
 
 
@@ -172,7 +173,7 @@ def load_model(name: str, checkpoint: str | Path | None = None, **model_kwargs: 
     except TypeError as error:
         raise ValueError(f"model_kwargs={model_kwargs} do not fit {name}: {error}") from error
     num_frames = getattr(model, "num_frames", None)  # of video models, which the recipes train with stride 2
-    views = None if num_frames is None else Views(Sampling(num_frames, stride=2))
+    views = None if num_frames is None else Views(Sampling(num_frames, stride=2), clips=4, crops=3)
     return Predictor(model, _class_names(model), resolve_model_data_config(model), views)
 
 

@@ -68,6 +68,7 @@ def soup(ingredients: Sequence[str | Path], target: str | Path, greedy: bool = F
         shutil.copy(run_dir / "config.yaml", written)
         if (run_dir / "manifest.json").is_file():
             manifest = json.loads((run_dir / "manifest.json").read_text())
+            manifest.pop("config_digest", None)  # no run that ckpt_path=auto could go on with
             manifest["soup"] = [str(checkpoint) for checkpoint in checkpoints]
             (written / "manifest.json").write_text(json.dumps(manifest, indent=2) + "\n")
         written.rename(target)
@@ -106,7 +107,7 @@ def write_mean(checkpoints: Sequence[Path], target: Path) -> None:
 def score_of(run_dir: Path, checkpoint: Path) -> Callable[[Path], float]:
     """A function of a checkpoint: its top-1 accuracy (0..1) on the validation split of a run."""
     cfg = OmegaConf.create(plain(OmegaConf.load(run_dir / "config.yaml")))
-    cfg.trainer.devices = 1
+    cfg.trainer.update(devices=1, num_nodes=1, strategy="auto")
     prepare_process(cfg)
     datamodule = build_evaluation_datamodule(cfg, read_checkpoint(checkpoint)["hyper_parameters"])
     return lambda path: evaluate(path, datamodule, plain(cfg.trainer)).metrics["val/top1"]
