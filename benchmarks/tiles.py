@@ -50,7 +50,8 @@ class Subject:
             self.tensors |= {"grad_output": incoming, "grad_lse": None}
         self.kernel, self.problem = kernel, launch.problem_of(problem.axes, scale, self.tensors)
         self.geometry = launch.Geometry(self.problem)
-        self.tensors |= {"output": output, "lse": lse, "delta": torch.empty_like(lse)}
+        rows = lse.movedim(-1, 1)  # as the kernels take them
+        self.tensors |= {"output": output, "lse": rows, "delta": torch.empty_like(rows)}
         written = {"grad_query": query, "grad_key": key, "grad_value": value, "grad_rpb": rpb}
         for name, x in written.items():
             self.tensors[name] = None if x is None else torch.empty(x.shape, dtype=x.dtype, device=device)

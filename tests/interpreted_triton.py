@@ -5,7 +5,9 @@ The interpreter takes milliseconds for every operation of every program, so maps
 """
 
 import os
+import random
 from dataclasses import replace
+from itertools import product
 from math import ceil
 from pathlib import Path
 
@@ -179,8 +181,8 @@ def test_any_tiles(axes: list[Axis], query: Extent, key: Extent, monkeypatch: py
 @pytest.mark.parametrize(
     "axes",
     [
-        [Axis(70, 40, 8)],  # has pairs of tiles that need no mask, as the next one has
-        [Axis(9, 7), Axis(11, 8, 3)],
+        [Axis(72, 40, 8)],  # has pairs of tiles that need no mask, as the next one has
+        [Axis(9, 7), Axis(12, 8, 3)],
         [Axis(9, 4, 1, 2, True), Axis(7, 3, 2)],
         [Axis(5, 3, 2, 1, True), Axis(4, 3), Axis(5, 4)],
     ],
@@ -315,6 +317,46 @@ def test_kernels_follow_the_window_rule(rule, is_causal: bool) -> None:
     results = torch.empty(blocks * 1024, 2, dtype=torch.int32)
     intervals_kernel[(blocks,)](*columns, results, CAUSAL=is_causal, INVERSE=rule is inverse_window)
     assert results[: len(expected)].tolist() == [list(interval) for interval in expected]
+
+
+@triton.jit
+def parts_kernel(numbers, steps, results, count: tl.constexpr, TILE: tl.constexpr):
+    first = tl.load(numbers), tl.load(numbers + 1), tl.load(numbers + 2)
+    first_end = tl.load(numbers + 3), tl.load(numbers + 4), tl.load(numbers + 5)
+    last_start = tl.load(numbers + 6), tl.load(numbers + 7), tl.load(numbers + 8)
+    end = tl.load(numbers + 9), tl.load(numbers + 10), tl.load(numbers + 11)
+    grid = neighborhood.tile_grid(first, end, TILE)
+    low, size = neighborhood.interior(first, first_end, last_start, TILE)
+    for INNER in tl.static_range(2):
+        tl.store(steps + INNER, neighborhood.part_steps(grid, size, INNER, True))
+        for step in range(neighborhood.part_steps(grid, size, INNER, True)):
+            begin = neighborhood.part_begin(step, first, grid, low, size, TILE, INNER, True)
+            for axis in tl.static_range(3):
+                tl.store(results + (INNER * count + step) * 3 + axis, begin[axis])
+
+
+@pytest.mark.parametrize("seed", range(12))
+def test_a_grid_is_its_interior_and_the_rest(seed: int) -> None:
+    """Every tile is met once: those inside all windows in the part without masks, the others in the part with them."""
+    draw = random.Random(seed)
+    tile = tuple(draw.choice([1, 2, 4]) for _ in range(3))
+    first = [draw.randint(0, 9) for _ in range(3)]
+    last_start = [x + draw.randint(0, 5) for x in first]
+    first_end = [x + draw.randint(1, 16) for x in last_start]
+    end = [x + draw.randint(0, 5) for x in first_end]
+    begins = list(product(*(range(*bounds) for bounds in zip(first, end, tile, strict=True))))
+    inner = [
+        all(b >= s and b + t <= e for b, s, t, e in zip(begin, last_start, tile, first_end, strict=True))
+        for begin in begins
+    ]
+    steps = torch.zeros(2, dtype=torch.int32)
+    results = torch.zeros(2, len(begins), 3, dtype=torch.int32)
+    numbers = torch.tensor([*first, *first_end, *last_start, *end], dtype=torch.int32)
+    parts_kernel[(1,)](numbers, steps, results, count=len(begins), TILE=tile)
+    for part in (0, 1):
+        expected = [begin for begin, is_inner in zip(begins, inner, strict=True) if is_inner == part]
+        assert steps[part] == len(expected)
+        assert sorted(map(tuple, results[part, : steps[part]].tolist())) == expected
 
 
 @pytest.mark.parametrize("has_rpb", [True, False], ids=["rpb", "additional"])

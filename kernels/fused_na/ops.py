@@ -67,7 +67,8 @@ def _(
 @torch.library.register_fake(forward, lib=_library)
 def _(query, key, value, rpb, additional_keys, additional_values, kernel_size, stride, dilation, is_causal, scale):
     output = query.new_empty((*query.shape[:-1], value.shape[-1]))
-    return output, query.new_empty(query.shape[:-1], dtype=torch.float32)
+    batch, *spatial, heads, _ = query.shape
+    return output, query.new_empty((batch, heads, *spatial), dtype=torch.float32).movedim(1, -1)
 
 
 @torch.library.impl(_library, "backward", "CUDA")

@@ -1,5 +1,7 @@
 """The backward kernels. Each gradient is owned by the program that writes it, so that results are deterministic.
 
+`lse`, `grad_lse` and `delta` are `[B, heads, *spatial]` in memory, so that the rows of a tile lie side by side.
+
 With scores `s`, probabilities `p = exp(s - lse)` and incoming gradients `do` and `dlse`:
 `delta = rowsum(o * do) - dlse`, `ds = p * (do @ v.T - delta)`, `dq = ds @ k * scale`, `dk = ds.T @ q * scale`,
 `dv = p.T @ do`, and the gradient of a relative position's bias is the sum of `ds` over all pairs at that position.
@@ -13,17 +15,19 @@ from fused_na.triton.neighborhood import (
     bias_center,
     bias_position,
     clamped,
-    covers,
     dilated,
+    interior,
     inverse_windows,
     is_unshifted,
     load_bias,
+    load_row_pair,
     load_rows,
     load_tile,
     locate,
     offset,
+    part_begin,
+    part_steps,
     store_rows,
-    tile_begin,
     tile_grid,
     unravel,
     windows,
@@ -99,10 +103,11 @@ def query_kernel(
     grad_o = load_rows(grad_base, offset(token, grad_output_strides[1:4], WIDE), is_query, HEAD_DIM_V, BLOCK_DV)
 
     tokens = length_t.to(tl.int64) * length_h * length_w
-    row = offset(token, (length_h * length_w, length_w, 1), WIDE) * heads
-    row_base = batch * tokens * heads + head
-    o = load_rows(output + row_base * HEAD_DIM_V, row * HEAD_DIM_V, is_query, HEAD_DIM_V, BLOCK_DV)
+    row = offset(token, (length_h * length_w, length_w, 1), WIDE)
+    output_base = batch * tokens * heads + head
+    o = load_rows(output + output_base * HEAD_DIM_V, row * heads * HEAD_DIM_V, is_query, HEAD_DIM_V, BLOCK_DV)
     row_delta = tl.sum(o.to(tl.float32) * grad_o.to(tl.float32), 1)
+    row_base = (batch * heads + head) * tokens
     if grad_lse is not None:
         row_delta -= tl.load(grad_lse + row_base + row, mask=is_query, other=0.0)
     tl.store(delta + row_base + row, row_delta, mask=is_query)
@@ -127,33 +132,31 @@ def query_kernel(
         key_position = bias_position(key_inner, KERNEL)
 
     grad_q = tl.zeros([QUERIES, BLOCK_D], tl.float32)
-    for step in tl.range(0, grid[0] * grid[1] * grid[2], num_stages=STAGES):
-        key_begin = tile_begin(step, first, grid, KEY_TILE)
-        key_token = dilated(group, key_begin, dilations)
-        is_key = below(key_begin, key_inner, stop)
-        if TMA:
-            k = load_tile(key, batch, key_begin, head_kv, KEYS, HEAD_DIM)
-            v = load_tile(value, batch, key_begin, head_kv, KEYS, HEAD_DIM_V)
-        else:
-            v_base = value_base + offset(key_token, value_strides[1:4], WIDE)
-            k = load_rows(key_base + offset(key_token, key_strides[1:4], WIDE), key_rows, is_key, HEAD_DIM, BLOCK_D)
-            v = load_rows(v_base, value_rows, is_key, HEAD_DIM_V, BLOCK_DV)
-        initial = tl.zeros([QUERIES, KEYS], tl.float32)
-        if rpb is not None:
-            attends = within(start, end, key_begin, key_inner, QUERY_TILE, KEY_TILE)
-            position = (bias_position(key_begin, KERNEL) + key_position)[None, :] - query_position[:, None]
-            initial = load_bias(rpb_base + position, attends, key_begin[0] < stop[0])
-        scores = product(q, k.T, initial, PRECISION=PRECISION) * (scale * LOG2_E)
-        probabilities = tl.exp2(scores - row_lse[:, None])
-        if rpb is None:
-            if not INTERIOR:
+    low, size = interior(first, first_end, last_start, KEY_TILE)
+    for INNER in tl.static_range(2 if INTERIOR else 1):  # as in forward
+        for step in tl.range(0, part_steps(grid, size, INNER, INTERIOR), num_stages=STAGES):
+            key_begin = part_begin(step, first, grid, low, size, KEY_TILE, INNER, INTERIOR)
+            key_token = dilated(group, key_begin, dilations)
+            is_key = below(key_begin, key_inner, stop)
+            if TMA:
+                k = load_tile(key, batch, key_begin, head_kv, KEYS, HEAD_DIM)
+                v = load_tile(value, batch, key_begin, head_kv, KEYS, HEAD_DIM_V)
+            else:
+                v_base = value_base + offset(key_token, value_strides[1:4], WIDE)
+                k = load_rows(key_base + offset(key_token, key_strides[1:4], WIDE), key_rows, is_key, HEAD_DIM, BLOCK_D)
+                v = load_rows(v_base, value_rows, is_key, HEAD_DIM_V, BLOCK_DV)
+            initial = tl.zeros([QUERIES, KEYS], tl.float32)
+            if rpb is not None:
+                attends = within(start, end, key_begin, key_inner, QUERY_TILE, KEY_TILE)
+                position = (bias_position(key_begin, KERNEL) + key_position)[None, :] - query_position[:, None]
+                initial = load_bias(rpb_base + position, attends, key_begin[0] < stop[0])
+            scores = product(q, k.T, initial, PRECISION=PRECISION) * (scale * LOG2_E)
+            probabilities = tl.exp2(scores - row_lse[:, None])
+            if rpb is None and not INNER:
                 attends = within(start, end, key_begin, key_inner, QUERY_TILE, KEY_TILE)
                 probabilities = tl.where(attends, probabilities, 0.0)
-            elif not covers(key_begin, KEY_TILE, first_end, last_start):
-                attends = within(start, end, key_begin, key_inner, QUERY_TILE, KEY_TILE)
-                probabilities = tl.where(attends, probabilities, 0.0)
-        grad_scores = probabilities * (product(grad_o, v.T, PRECISION=PRECISION) - row_delta[:, None])
-        grad_q = product(grad_scores.to(k.dtype), k, grad_q, PRECISION=PRECISION)
+            grad_scores = probabilities * (product(grad_o, v.T, PRECISION=PRECISION) - row_delta[:, None])
+            grad_q = product(grad_scores.to(k.dtype), k, grad_q, PRECISION=PRECISION)
 
     if additional_keys is not None:
         extra_keys = additional_keys + batch * additional_keys_strides[0] + head_kv * additional_keys_strides[2]
@@ -167,7 +170,7 @@ def query_kernel(
             grad_scores = probabilities * (product(grad_o, v.T, PRECISION=PRECISION) - row_delta[:, None])
             grad_q = product(grad_scores.to(k.dtype), k, grad_q, PRECISION=PRECISION)
 
-    store_rows(grad_query + row_base * HEAD_DIM, row * HEAD_DIM, is_query, grad_q * scale, HEAD_DIM, BLOCK_D)
+    store_rows(grad_query + output_base * HEAD_DIM, row * heads * HEAD_DIM, is_query, grad_q * scale, HEAD_DIM, BLOCK_D)
 
 
 @triton.jit(do_not_specialize=["length_t", "length_h", "length_w", "heads"])
@@ -233,7 +236,6 @@ def key_value_kernel(
     last = clamped(begin, (KEY_TILE[0] - 1, KEY_TILE[1] - 1, KEY_TILE[2] - 1), members)
     last_start, stop = inverse_windows(last, members, KERNEL, STRIDE, CAUSAL)
     grid = tile_grid(first, stop, QUERY_TILE)
-    steps = grid[0] * grid[1] * grid[2]
 
     query_inner = unravel(tl.arange(0, QUERIES), QUERY_TILE)
     no_group = (group[0] * 0, group[1] * 0, group[2] * 0)
@@ -241,50 +243,51 @@ def key_value_kernel(
     query_rows = offset(query_token, query_strides[1:4], WIDE)
     grad_rows = offset(query_token, grad_output_strides[1:4], WIDE)
     row_strides = (length_h * length_w, length_w, 1)
-    lse_rows = offset(query_token, row_strides, WIDE) * heads
+    lse_rows = offset(query_token, row_strides, WIDE)
     tokens = length_t.to(tl.int64) * length_h * length_w
     key_position = bias_position(member, KERNEL)
     query_position = bias_position(query_inner, KERNEL)
 
     grad_k = tl.zeros([KEYS, BLOCK_D], tl.float32)
     grad_v = tl.zeros([KEYS, BLOCK_DV], tl.float32)
-    for step in tl.range(0, HEADS_PER_KV * steps, num_stages=STAGES):
-        head = head_kv * HEADS_PER_KV + step // steps
-        query_begin = tile_begin(step % steps, first, grid, QUERY_TILE)
-        query_origin = dilated(group, query_begin, dilations)
-        is_query = below(query_begin, query_inner, stop)
-        if TMA:
-            q = load_tile(query, batch, query_begin, head, QUERIES, HEAD_DIM)
-            grad_o = load_tile(grad_output, batch, query_begin, head, QUERIES, HEAD_DIM_V)
-        else:
-            query_base = query + batch * query_strides[0] + head * query_strides[4]
-            query_base += offset(query_origin, query_strides[1:4], WIDE)
-            q = load_rows(query_base, query_rows, is_query, HEAD_DIM, BLOCK_D)
-            grad_base = grad_output + batch * grad_output_strides[0] + head * grad_output_strides[4]
-            grad_base += offset(query_origin, grad_output_strides[1:4], WIDE)
-            grad_o = load_rows(grad_base, grad_rows, is_query, HEAD_DIM_V, BLOCK_DV)
-        row_base = (batch * tokens + offset(query_origin, row_strides, WIDE)) * heads + head
-        row_lse = tl.load(lse + row_base + lse_rows, mask=is_query, other=0.0) * LOG2_E
-        row_delta = tl.load(delta + row_base + lse_rows, mask=is_query, other=0.0)
+    low, size = interior(first, first_end, last_start, QUERY_TILE)
+    for INNER in tl.static_range(2 if INTERIOR else 1):  # as in forward
+        steps = part_steps(grid, size, INNER, INTERIOR)
+        for step in tl.range(0, HEADS_PER_KV * steps, num_stages=STAGES):
+            head, place = head_kv, step
+            if HEADS_PER_KV > 1:
+                head, place = head_kv * HEADS_PER_KV + step // steps, step % steps
+            query_begin = part_begin(place, first, grid, low, size, QUERY_TILE, INNER, INTERIOR)
+            query_origin = dilated(group, query_begin, dilations)
+            is_query = below(query_begin, query_inner, stop)
+            if TMA:
+                q = load_tile(query, batch, query_begin, head, QUERIES, HEAD_DIM)
+                grad_o = load_tile(grad_output, batch, query_begin, head, QUERIES, HEAD_DIM_V)
+            else:
+                query_base = query + batch * query_strides[0] + head * query_strides[4]
+                query_base += offset(query_origin, query_strides[1:4], WIDE)
+                q = load_rows(query_base, query_rows, is_query, HEAD_DIM, BLOCK_D)
+                grad_base = grad_output + batch * grad_output_strides[0] + head * grad_output_strides[4]
+                grad_base += offset(query_origin, grad_output_strides[1:4], WIDE)
+                grad_o = load_rows(grad_base, grad_rows, is_query, HEAD_DIM_V, BLOCK_DV)
+            row_base = (batch * heads + head) * tokens + offset(query_origin, row_strides, WIDE)
+            row_lse, row_delta = load_row_pair(lse + row_base, delta + row_base, lse_rows, is_query, INNER)
+            row_lse *= LOG2_E
 
-        initial = tl.zeros([KEYS, QUERIES], tl.float32)
-        if rpb is not None:
-            attends = within(start, end, query_begin, query_inner, KEY_TILE, QUERY_TILE)
-            rpb_base = rpb + head * ((2 * KERNEL[0] - 1) * (2 * KERNEL[1] - 1) * (2 * KERNEL[2] - 1))
-            position = key_position[:, None] - (bias_position(query_begin, KERNEL) + query_position)[None, :]
-            initial = load_bias(rpb_base + bias_center(KERNEL) + position, attends, query_begin[0] < stop[0])
-        scores = product(k, q.T, initial, PRECISION=PRECISION) * (scale * LOG2_E)
-        probabilities = tl.exp2(scores - row_lse[None, :])
-        if rpb is None:
-            if not INTERIOR:
+            initial = tl.zeros([KEYS, QUERIES], tl.float32)
+            if rpb is not None:
+                attends = within(start, end, query_begin, query_inner, KEY_TILE, QUERY_TILE)
+                rpb_base = rpb + head * ((2 * KERNEL[0] - 1) * (2 * KERNEL[1] - 1) * (2 * KERNEL[2] - 1))
+                position = key_position[:, None] - (bias_position(query_begin, KERNEL) + query_position)[None, :]
+                initial = load_bias(rpb_base + bias_center(KERNEL) + position, attends, query_begin[0] < stop[0])
+            scores = product(k, q.T, initial, PRECISION=PRECISION) * (scale * LOG2_E)
+            probabilities = tl.exp2(scores - row_lse[None, :])
+            if rpb is None and not INNER:
                 attends = within(start, end, query_begin, query_inner, KEY_TILE, QUERY_TILE)
                 probabilities = tl.where(attends, probabilities, 0.0)
-            elif not covers(query_begin, QUERY_TILE, first_end, last_start):
-                attends = within(start, end, query_begin, query_inner, KEY_TILE, QUERY_TILE)
-                probabilities = tl.where(attends, probabilities, 0.0)
-        grad_v = product(probabilities.to(grad_o.dtype), grad_o, grad_v, PRECISION=PRECISION)
-        grad_scores = probabilities * (product(v, grad_o.T, PRECISION=PRECISION) - row_delta[None, :])
-        grad_k = product(grad_scores.to(q.dtype), q, grad_k, PRECISION=PRECISION)
+            grad_v = product(probabilities.to(grad_o.dtype), grad_o, grad_v, PRECISION=PRECISION)
+            grad_scores = probabilities * (product(v, grad_o.T, PRECISION=PRECISION) - row_delta[None, :])
+            grad_k = product(grad_scores.to(q.dtype), q, grad_k, PRECISION=PRECISION)
 
     row = offset(token, row_strides, WIDE) * heads_kv
     row_base = batch * tokens * heads_kv + head_kv
@@ -388,7 +391,7 @@ def bias_kernel(
             member = clamped(begin, inner, members)
             is_query = below(begin, inner, members)
             token = dilated(group, member, dilations)
-            lse_rows = offset(token, (length_h * length_w, length_w, 1), WIDE) * heads
+            lse_rows = offset(token, (length_h * length_w, length_w, 1), WIDE)
             key_member = (key_begin[0] + key_inner[0], key_begin[1] + key_inner[1], key_begin[2] + key_inner[2])
             if not TMA:
                 query_rows = offset(token, query_strides[1:4], WIDE)
@@ -422,9 +425,9 @@ def bias_kernel(
                     k = load_rows(key_base, key_rows, is_key, HEAD_DIM, BLOCK_D)
                     v = load_rows(value_base, value_rows, is_key, HEAD_DIM_V, BLOCK_DV)
                     grad_o = load_rows(grad_base, grad_rows, is_query, HEAD_DIM_V, BLOCK_DV)
-                row_base = batch * tokens * heads + head
-                row_lse = tl.load(lse + row_base + lse_rows, mask=is_query, other=0.0) * LOG2_E
-                row_delta = tl.load(delta + row_base + lse_rows, mask=is_query, other=0.0)
+                row_base = (batch * heads + head) * tokens
+                row_lse, row_delta = load_row_pair(lse + row_base, delta + row_base, lse_rows, is_query, False)
+                row_lse *= LOG2_E
                 scores = product(q, k.T, initial, PRECISION=PRECISION) * (scale * LOG2_E)
                 probabilities = tl.exp2(scores - row_lse[:, None])
                 total += probabilities * (product(grad_o, v.T, PRECISION=PRECISION) - row_delta[:, None])
@@ -528,7 +531,7 @@ def additional_kernel(
             q = load_rows(query_base, offset(token, query_strides[1:4], WIDE), is_query, HEAD_DIM, BLOCK_D)
             grad_base = grad_output + batch * grad_output_strides[0] + head * grad_output_strides[4]
             grad_o = load_rows(grad_base, offset(token, grad_output_strides[1:4], WIDE), is_query, HEAD_DIM_V, BLOCK_DV)
-            row = (batch * tokens + index) * heads + head
+            row = (batch * heads + head) * tokens + index
             row_lse = tl.load(lse + row, mask=is_query, other=0.0) * LOG2_E
             row_delta = tl.load(delta + row, mask=is_query, other=0.0)
             scores = product(k, q.T, PRECISION=PRECISION) * (scale * LOG2_E)

@@ -8,15 +8,16 @@ from fused_na.triton.neighborhood import (
     bias_center,
     bias_position,
     clamped,
-    covers,
     dilated,
+    interior,
     load_bias,
     load_rows,
     load_tile,
     locate,
     offset,
+    part_begin,
+    part_steps,
     store_rows,
-    tile_begin,
     tile_grid,
     unravel,
     windows,
@@ -120,33 +121,32 @@ def forward_kernel(
     highest = tl.full([QUERIES], -1e30, tl.float32)
     total = tl.zeros([QUERIES], tl.float32)
     accumulator = tl.zeros([QUERIES, BLOCK_DV], tl.float32)
-    for step in tl.range(0, grid[0] * grid[1] * grid[2], num_stages=STAGES):
-        key_begin = tile_begin(step, first, grid, KEY_TILE)
-        key_token = dilated(group, key_begin, dilations)
-        is_key = below(key_begin, key_inner, stop)
-        if TMA:
-            k = load_tile(key, batch, key_begin, head_kv, KEYS, HEAD_DIM)
-        else:
-            k = load_rows(key_base + offset(key_token, key_strides[1:4], WIDE), key_rows, is_key, HEAD_DIM, BLOCK_D)
-        initial = tl.zeros([QUERIES, KEYS], tl.float32)
-        if rpb is not None:
-            attends = within(start, end, key_begin, key_inner, QUERY_TILE, KEY_TILE)
-            position = (bias_position(key_begin, KERNEL) + key_position)[None, :] - query_position[:, None]
-            initial = load_bias(rpb_base + position, attends, key_begin[0] < stop[0])
-        scores = product(q, k.T, initial, PRECISION=PRECISION)
-        if rpb is None:
-            if not INTERIOR:
+    # Tiles that lie in all windows come last, in a loop of their own that needs no mask.
+    low, size = interior(first, first_end, last_start, KEY_TILE)
+    for INNER in tl.static_range(2 if INTERIOR else 1):
+        for step in tl.range(0, part_steps(grid, size, INNER, INTERIOR), num_stages=STAGES):
+            key_begin = part_begin(step, first, grid, low, size, KEY_TILE, INNER, INTERIOR)
+            key_token = dilated(group, key_begin, dilations)
+            is_key = below(key_begin, key_inner, stop)
+            if TMA:
+                k = load_tile(key, batch, key_begin, head_kv, KEYS, HEAD_DIM)
+            else:
+                k = load_rows(key_base + offset(key_token, key_strides[1:4], WIDE), key_rows, is_key, HEAD_DIM, BLOCK_D)
+            initial = tl.zeros([QUERIES, KEYS], tl.float32)
+            if rpb is not None:
+                attends = within(start, end, key_begin, key_inner, QUERY_TILE, KEY_TILE)
+                position = (bias_position(key_begin, KERNEL) + key_position)[None, :] - query_position[:, None]
+                initial = load_bias(rpb_base + position, attends, key_begin[0] < stop[0])
+            scores = product(q, k.T, initial, PRECISION=PRECISION)
+            if rpb is None and not INNER:
                 attends = within(start, end, key_begin, key_inner, QUERY_TILE, KEY_TILE)
                 scores = tl.where(attends, scores, float("-inf"))
-            elif not covers(key_begin, KEY_TILE, first_end, last_start):
-                attends = within(start, end, key_begin, key_inner, QUERY_TILE, KEY_TILE)
-                scores = tl.where(attends, scores, float("-inf"))
-        if TMA:
-            v = load_tile(value, batch, key_begin, head_kv, KEYS, HEAD_DIM_V)
-        else:
-            v_base = value_base + offset(key_token, value_strides[1:4], WIDE)
-            v = load_rows(v_base, value_rows, is_key, HEAD_DIM_V, BLOCK_DV)
-        highest, total, accumulator = softmax_step(scores, factor, v, highest, total, accumulator, PRECISION)
+            if TMA:
+                v = load_tile(value, batch, key_begin, head_kv, KEYS, HEAD_DIM_V)
+            else:
+                v_base = value_base + offset(key_token, value_strides[1:4], WIDE)
+                v = load_rows(v_base, value_rows, is_key, HEAD_DIM_V, BLOCK_DV)
+            highest, total, accumulator = softmax_step(scores, factor, v, highest, total, accumulator, PRECISION)
 
     if additional_keys is not None:
         extra_keys = additional_keys + batch * additional_keys_strides[0] + head_kv * additional_keys_strides[2]
@@ -159,9 +159,9 @@ def forward_kernel(
             scores = tl.where((extra < additional)[None, :], scores, float("-inf"))
             highest, total, accumulator = softmax_step(scores, factor, v, highest, total, accumulator, PRECISION)
 
-    # Output and log-sum-exp are contiguous, `[B, *spatial, heads, head_dim_v]` and `[B, *spatial, heads]`.
+    # In memory the output is `[B, *spatial, heads, head_dim_v]` and the log-sum-exp `[B, heads, *spatial]`.
     tokens = length_t.to(tl.int64) * length_h * length_w
-    row = offset(token, (length_h * length_w, length_w, 1), WIDE) * heads
+    row = offset(token, (length_h * length_w, length_w, 1), WIDE)
     output_base = output + (batch * tokens * heads + head) * HEAD_DIM_V
-    store_rows(output_base, row * HEAD_DIM_V, is_query, accumulator / total[:, None], HEAD_DIM_V, BLOCK_DV)
-    tl.store(lse + batch * tokens * heads + head + row, (highest + tl.log2(total)) / LOG2_E, mask=is_query)
+    store_rows(output_base, row * heads * HEAD_DIM_V, is_query, accumulator / total[:, None], HEAD_DIM_V, BLOCK_DV)
+    tl.store(lse + (batch * heads + head) * tokens + row, (highest + tl.log2(total)) / LOG2_E, mask=is_query)

@@ -138,9 +138,9 @@ def forward_small_kernel(
             accumulator = product(probabilities.to(v.dtype), v, accumulator, PRECISION=PRECISION)
             highest = new_highest
 
-    # Output and log-sum-exp are contiguous, `[B, *spatial, heads, head_dim_v]` and `[B, *spatial, heads]`.
+    # In memory the output is `[B, *spatial, heads, head_dim_v]` and the log-sum-exp `[B, heads, *spatial]`.
     tokens = length_t.to(tl.int64) * length_h * length_w
-    row = offset(token, (length_h * length_w, length_w, 1), WIDE) * heads
+    row = offset(token, (length_h * length_w, length_w, 1), WIDE)
     output_base = output + (batch * tokens * heads + head) * HEAD_DIM_V
-    store_rows(output_base, row * HEAD_DIM_V, is_query, accumulator / total[:, None], HEAD_DIM_V, BLOCK_DV)
-    tl.store(lse + batch * tokens * heads + head + row, (highest + tl.log2(total)) / LOG2_E, mask=is_query)
+    store_rows(output_base, row * heads * HEAD_DIM_V, is_query, accumulator / total[:, None], HEAD_DIM_V, BLOCK_DV)
+    tl.store(lse + (batch * heads + head) * tokens + row, (highest + tl.log2(total)) / LOG2_E, mask=is_query)

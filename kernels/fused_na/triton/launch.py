@@ -266,8 +266,8 @@ class Geometry:
         )
 
     def has_interior(self, tiles: Tiles) -> bool:
-        """Whether a pair of tiles can lie wholly inside the neighborhood, so that looking for one pays."""
-        return all(
+        """Whether a pair of tiles can lie wholly inside the neighborhood, where nothing is to be masked or added."""
+        return self.problem.rpb is None and all(
             query + key - axis.stride <= axis.kernel_size
             for query, key, axis in zip(tiles.query, tiles.key, as_three_axes(self.problem.axes), strict=True)
         )
@@ -323,7 +323,7 @@ def _bias(geometry: Geometry, tiles: Tiles) -> Prepared:
     items = positions * batch_splits
     items_per_split = ceil(items / min(wanted, items))
     splits = ceil(items / items_per_split)
-    own = {
+    own: dict[str, Any] = {
         "LEAD": lead,
         "OFFSETS": offsets,
         "batch_splits": batch_splits,
@@ -399,14 +399,17 @@ def forward(
     additional_keys: Tensor | None,
     additional_values: Tensor | None,
 ) -> tuple[Tensor, Tensor]:
-    """Output `[B, *spatial, heads, head_dim_v]` and float32 log-sum-exp `[B, *spatial, heads]`, both contiguous."""
+    """Contiguous output `[B, *spatial, heads, head_dim_v]`, and float32 log-sum-exp `[B, *spatial, heads]` with heads
+    outermost in memory.
+    """
     query, key, value = map(_rows_contiguous, (query, key, value))
     if additional_keys is not None and additional_values is not None:
         additional_keys, additional_values = map(_rows_contiguous, (additional_keys, additional_values))
     output = query.new_empty((*query.shape[:-1], value.shape[-1]))
-    lse = query.new_empty(query.shape[:-1], dtype=torch.float32)
+    batch, *spatial, heads, _ = query.shape
+    lse = query.new_empty((batch, heads, *spatial), dtype=torch.float32)
     if output.numel() == 0:
-        return output, lse
+        return output, lse.movedim(1, -1)
     tensors: Tensors = {
         "query": query,
         "key": key,
@@ -417,7 +420,7 @@ def forward(
     }
     problem = problem_of(axes, scale, tensors)
     plan("forward", problem).run(tensors | {"output": output, "lse": lse})
-    return output, lse
+    return output, lse.movedim(1, -1)
 
 
 def backward(
@@ -440,7 +443,8 @@ def backward(
     query, key, value, grad_output = map(_rows_contiguous, (query, key, value, grad_output))
     if additional_keys is not None and additional_values is not None:
         additional_keys, additional_values = map(_rows_contiguous, (additional_keys, additional_values))
-    grad_lse = None if grad_lse is None else grad_lse.contiguous()
+    lse = lse.movedim(-1, 1).contiguous()
+    grad_lse = None if grad_lse is None else grad_lse.movedim(-1, 1).contiguous()
     grad_query, grad_key, grad_value = (
         torch.empty(x.shape, dtype=x.dtype, device=x.device) for x in (query, key, value)
     )

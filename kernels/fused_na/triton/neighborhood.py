@@ -152,19 +152,6 @@ def within(row_start, row_end, begin, inner, ROW_TILE: tl.constexpr, COLUMN_TILE
 
 
 @triton.jit
-def covers(begin, TILE: tl.constexpr, first_end, last_start):
-    """Whether every row attends to a whole tile of columns; bounds are the first row's end and the last row's start."""
-    return (
-        (begin[0] >= last_start[0])
-        & (begin[1] >= last_start[1])
-        & (begin[2] >= last_start[2])
-        & (begin[0] + TILE[0] <= first_end[0])
-        & (begin[1] + TILE[1] <= first_end[1])
-        & (begin[2] + TILE[2] <= first_end[2])
-    )
-
-
-@triton.jit
 def is_unshifted_on_axis(
     begin, members, TILE: tl.constexpr, KERNEL: tl.constexpr, STRIDE: tl.constexpr, CAUSAL: tl.constexpr
 ):
@@ -197,6 +184,66 @@ def tile_begin(step, begin, grid, TILE: tl.constexpr):
         begin[1] + step // grid[2] % grid[1] * TILE[1],
         begin[2] + step % grid[2] * TILE[2],
     )
+
+
+@triton.jit
+def interior(first, first_end, last_start, TILE: tl.constexpr):
+    """The box of tiles that all rows attend to as a whole, in a grid that starts at `first`: its first tile and its
+    extents per axis, all zero where there is none. Bounds are the first row's end and the last row's start."""
+    t = tl.cdiv(last_start[0] - first[0], TILE[0])
+    h = tl.cdiv(last_start[1] - first[1], TILE[1])
+    w = tl.cdiv(last_start[2] - first[2], TILE[2])
+    size_t = tl.maximum((first_end[0] - first[0]) // TILE[0] - t, 0)
+    size_h = tl.maximum((first_end[1] - first[1]) // TILE[1] - h, 0)
+    size_w = tl.maximum((first_end[2] - first[2]) // TILE[2] - w, 0)
+    exists = tl.minimum(size_t * size_h * size_w, 1)
+    return (t, h, w), (size_t * exists, size_h * exists, size_w * exists)
+
+
+@triton.jit
+def leaving_out(index, low, size):
+    """The `index`-th of an axis's tiles without `[low, low + size)`."""
+    return tl.where(index < low, index, index + size)
+
+
+@triton.jit
+def exterior_begin(step, begin, grid, low, size, TILE: tl.constexpr):
+    """First members of the tile number `step` of a grid without its interior: the slabs beside it along t, then h, then
+    w."""
+    by_h = step - (grid[0] - size[0]) * grid[1] * grid[2]
+    by_w = by_h - size[0] * (grid[1] - size[1]) * grid[2]
+    # Where a divisor would be zero, there is no such slab.
+    beside_h, beside_w = tl.maximum(grid[1] - size[1], 1), tl.maximum(grid[2] - size[2], 1)
+    inner_h = tl.maximum(size[1], 1)
+    column = by_w // beside_w
+    t = tl.where(by_w < 0, low[0] + by_h // (beside_h * grid[2]), low[0] + column // inner_h)
+    h = tl.where(by_w < 0, leaving_out(by_h // grid[2] % beside_h, low[1], size[1]), low[1] + column % inner_h)
+    w = tl.where(by_w < 0, step % grid[2], leaving_out(by_w % beside_w, low[2], size[2]))
+    t = tl.where(by_h < 0, leaving_out(step // (grid[1] * grid[2]), low[0], size[0]), t)
+    h = tl.where(by_h < 0, step // grid[2] % grid[1], h)
+    return begin[0] + t * TILE[0], begin[1] + h * TILE[1], begin[2] + w * TILE[2]
+
+
+@triton.jit
+def part_steps(grid, size, INNER: tl.constexpr, INTERIOR: tl.constexpr):
+    """Tiles of a part of a grid: of its interior, of the rest of it, or without `INTERIOR` of all of it."""
+    inner = size[0] * size[1] * size[2]
+    if INNER:
+        return inner
+    if INTERIOR:
+        return grid[0] * grid[1] * grid[2] - inner
+    return grid[0] * grid[1] * grid[2]
+
+
+@triton.jit
+def part_begin(step, begin, grid, low, size, TILE: tl.constexpr, INNER: tl.constexpr, INTERIOR: tl.constexpr):
+    """First members of the tile number `step` of the same part."""
+    if INNER:
+        corner = begin[0] + low[0] * TILE[0], begin[1] + low[1] * TILE[1], begin[2] + low[2] * TILE[2]
+        return tile_begin(step, corner, size, TILE)
+    if INTERIOR:
+        return exterior_begin(step, begin, grid, low, size, TILE)
+    return tile_begin(step, begin, grid, TILE)
 
 
 @triton.jit
@@ -242,6 +289,18 @@ def store_rows(base, rows, mask, values, HEAD_DIM: tl.constexpr, BLOCK: tl.const
         tl.store(base + rows[:, None] + column[None, :], values, mask=mask[:, None])
     else:
         tl.store(base + rows[:, None] + column[None, :], values, mask=mask[:, None] & (column < HEAD_DIM)[None, :])
+
+
+@triton.jit
+def load_row_pair(first, second, rows, mask, ALL: tl.constexpr):
+    """Loads `[rows]` of two vectors at once: of fewer numbers than threads, Triton has each thread load all it uses."""
+    which = tl.arange(0, 2)[None, :]
+    pointers = tl.where(which == 0, first, second) + rows[:, None]
+    if ALL:
+        pair = tl.load(pointers)
+    else:
+        pair = tl.load(pointers, mask=mask[:, None], other=0.0)
+    return tl.split(pair)
 
 
 @triton.jit
