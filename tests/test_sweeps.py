@@ -13,18 +13,25 @@ TINY += ["optim.base_batch=null", "optim.schedule.warmup_epochs=0", "optim.sched
 
 def test_optuna_searches_and_keeps_every_run(tmp_path):
     pytest.importorskip("hydra_plugins.hydra_optuna_sweeper")
-    search = ["-m", "hparams_search=optuna", "hydra.sweeper.n_trials=2", "debug=smoke", "optimized_metric=val/loss"]
-    process = run(tmp_path, "train.py", *search, "hydra.sweeper.direction=minimize", *TINY)
+    search = ["hparams_search=optuna", "hydra.sweeper.n_trials=4", "debug=smoke", "optimized_metric=val/loss"]
+    # With the larger rate trainings diverge, which ends neither the search nor the others.
+    diverging = ["optim.base_lr=choice(1e-3,1e30)", "trainer.max_steps=4", "callbacks.non_finite.max_consecutive=1"]
+    process = run(tmp_path, "train.py", *search, "hydra.sweeper.direction=minimize", *TINY, *diverging)
     assert process.returncode == 0, process.stderr
     (sweep,) = (tmp_path / "runs" / "none").iterdir()
     best = yaml.safe_load((sweep / "optimization_results.yaml").read_text())
-    losses, rates = [], []
-    for number in range(2):
-        losses.append(json.loads((sweep / str(number) / "results.json").read_text())["metrics"]["val/loss"])
-        rates.append(yaml.safe_load((sweep / str(number) / "config.yaml").read_text())["optim"]["base_lr"])
-    assert rates[0] != rates[1]
+    configs, losses = [], []
+    for number in range(4):
+        configs.append(yaml.safe_load((sweep / str(number) / "config.yaml").read_text()))
+        results = sweep / str(number) / "results.json"
+        losses.append(json.loads(results.read_text())["metrics"]["val/loss"] if results.exists() else float("inf"))
+    rates = [config["optim"]["base_lr"] for config in configs]
+    assert set(rates) == {1e-3, 1e30} and process.stderr.count("error: ") == rates.count(1e30)
+    assert [loss == float("inf") for loss in losses] == [rate == 1e30 for rate in rates]
+    assert len({config["model"]["label_smoothing"] for config in configs}) == 4
+    smoothing = configs[losses.index(min(losses))]["model"]["label_smoothing"]
     assert best["best_value"] == pytest.approx(min(losses))
-    assert best["best_params"]["optim.base_lr"] == pytest.approx(rates[losses.index(min(losses))])
+    assert best["best_params"]["model.label_smoothing"] == pytest.approx(smoothing)
 
 
 def test_a_run_returns_the_optimized_metric(tmp_path, capsys):

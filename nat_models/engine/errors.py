@@ -8,7 +8,9 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from types import FrameType
 
+from hydra.core.hydra_config import HydraConfig
 from hydra.errors import InstantiationException
+from hydra.types import RunMode
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from omegaconf.errors import OmegaConfBaseException
 
@@ -45,7 +47,8 @@ RUN_ERRORS: tuple[type[Exception], ...] = (*DATA_ERRORS, NonFiniteStepsError, Ch
 def exit_on(error_types: tuple[type[Exception], ...], run_dir: Path | None = None) -> Iterator[None]:
     """Turns errors of these types into `error: ...` on stderr and exit status 2, and removes `run_dir` if it is empty.
 
-    A run that is preempted ends with status 75, at once where it has no handlers of its own for the signals.
+    A training that diverges fails alone where it is one of a sweep. A run that is preempted ends with status 75, at
+    once where it has no handlers of its own for the signals.
 
     `HYDRA_FULL_ERROR=1` in the environment keeps the traceback, as it does for Hydra's own errors.
     """
@@ -61,10 +64,16 @@ def exit_on(error_types: tuple[type[Exception], ...], run_dir: Path | None = Non
             with suppress(OSError):
                 run_dir.rmdir()
         print(f"error: {message_of(error)}", file=sys.stderr, flush=True)
+        if isinstance(error, NonFiniteStepsError) and _in_sweep():
+            raise  # to Hydra, for which this training failed; the others go on
         raise SystemExit(2) from None
     finally:
         for number, handler in handlers.items():
             signal.signal(number, handler)
+
+
+def _in_sweep() -> bool:
+    return HydraConfig.initialized() and HydraConfig.get().mode == RunMode.MULTIRUN
 
 
 def _preempt(number: int, frame: FrameType | None) -> None:
