@@ -121,7 +121,7 @@ class Predictor:
     def predict(self, pixels: Tensor) -> list[tuple[str, float]]:
         """The most likely classes of what `read` returned, with their probabilities: of views the mean's."""
         device = next(self.model.parameters()).device
-        probabilities = [self.model(view[None].to(device)).double().softmax(-1)[0] for view in pixels]
+        probabilities = [self.model(view[None].to(device)).cpu().double().softmax(-1)[0] for view in pixels]
         return self.most_likely(torch.stack(probabilities).mean(0))
 
     def most_likely(self, probabilities: Tensor) -> list[tuple[str, float]]:
