@@ -79,7 +79,7 @@ def test_a_process_that_dies_ends_the_run_with_its_error(tmp_path):
     settings = ["experiment=none", "data=imagenet", f"data.root={root}", "data.img_size=32", "data.batch_size=4"]
     settings += ["model.model_name=test_resnet", "trainer=ddp", "trainer.accelerator=cpu", "trainer.devices=2"]
     settings += ["trainer.max_epochs=1", "optim.schedule.warmup_epochs=0", "optim.schedule.cooldown_epochs=0"]
-    process = run(tmp_path, "train.py", *settings, "data.num_workers=0", launcher=TORCHRUN, timeout=100)
+    process = run(tmp_path, "train.py", *settings, "data.num_workers=1", launcher=TORCHRUN, timeout=100)
     assert process.returncode != 0
     assert f"error: cannot decode {root}/val/class_1/1.jpg" in process.stderr
 
