@@ -16,9 +16,9 @@ train: .venv/installed-train  ## train the default experiment, or another: make 
 train-video: .venv/installed-train .venv/installed-video  ## train a small video model on moving digits
 	$(BIN)/python train.py experiment=moving_digits $(ARGS)
 
-# On tensors as small as those of tests, threads wait for each other longer than they work.
+# On tensors as small as those of tests, threads wait for each other longer than they work; processes do not.
 test: lint  ## check style and types, then run all tests that need neither a GPU nor the internet
-	OMP_NUM_THREADS=1 $(BIN)/pytest -m "not gpu and not network" --durations=10
+	OMP_NUM_THREADS=1 $(BIN)/pytest --numprocesses 2 -m "not gpu and not network" --durations=10
 
 lint: .venv/installed-dev  ## check style and types
 	$(BIN)/ruff check
