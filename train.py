@@ -4,7 +4,6 @@ The run folder, printed at the start and the end, holds checkpoints, the resolve
 """
 
 import time
-from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +23,7 @@ from nat_models.engine.checkpoint import best_checkpoint
 from nat_models.engine.errors import RUN_ERRORS, SETUP_ERRORS, exit_on
 from nat_models.engine.evaluation import evaluate, save_evaluation
 from nat_models.engine.plots import plot_curves
-from nat_models.engine.report import metric_rows, print_setup, print_table
+from nat_models.engine.report import print_setup, print_table, result_rows
 from nat_models.engine.resume import choose_run, config_digest, continue_run
 from nat_models.engine.run_folder import record_run
 
@@ -68,14 +67,9 @@ def main(cfg: DictConfig) -> float:
             record["top1_without_motion"] = static.metrics["val/top1"]
         save_evaluation(evaluation, run_dir, datamodule, record)
         plot_curves(run_dir / "csv" / "metrics.csv", run_dir / "curves.png")
-        rows = metric_rows(evaluation.metrics, evaluation.excluded)
-        if static is not None:
-            rows["Top-1, one frame repeated"] = f"{100 * static.metrics['val/top1']:.2f} %"
-        rows |= {"Training time": str(timedelta(seconds=round(seconds)))}
-        if undecodable := datamodule.undecodable_paths():
-            rows["Undecodable files"] = f"{len(undecodable)}, listed in {datamodule.undecodable_list}"
+        rows = result_rows(evaluation, static, seconds, datamodule) | {"Run folder": str(run_dir)}
         title = f"{checkpoint.stem.capitalize()} checkpoint (epoch {evaluation.epoch}) on the validation split"
-        print_table(title, rows | {"Run folder": str(run_dir)})
+        print_table(title, rows)
     return evaluation.metrics[cfg.optimized_metric]
 
 

@@ -1,5 +1,6 @@
 """The tables that `train.py` and `eval.py` print."""
 
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,7 @@ from nat_models.checkpoints import LoadReport, loaded_share
 from nat_models.data import DataModule
 from nat_models.engine.build import effective_batch, learning_rate
 from nat_models.engine.classification import ClassificationModule
+from nat_models.engine.evaluation import Evaluation
 
 METRIC_TITLES = {
     "val/top1": "Top-1 accuracy",
@@ -67,6 +69,19 @@ def metric_rows(metrics: dict[str, float], excluded: int = 0) -> dict[str, str]:
     rows = {"Excluded videos": f"{excluded}, without which the score is"} if excluded else {}
     rows |= {title: f"{100 * metrics[name]:.2f} %" for name, title in METRIC_TITLES.items() if name in metrics}
     return rows | {"Loss": f"{metrics['val/loss']:.4f}"}
+
+
+def result_rows(
+    evaluation: Evaluation, static: Evaluation | None, seconds: float, datamodule: DataModule
+) -> dict[str, str]:
+    """The rows of a trained model: its metrics, its top-1 without motion, training time, and what was not decoded."""
+    rows = metric_rows(evaluation.metrics, evaluation.excluded)
+    if static is not None:
+        rows["Top-1, one frame repeated"] = f"{100 * static.metrics['val/top1']:.2f} %"
+    rows["Training time"] = str(timedelta(seconds=round(seconds)))
+    if undecodable := datamodule.undecodable_paths():
+        rows["Undecodable files"] = f"{len(undecodable)}, listed in {datamodule.undecodable_list}"
+    return rows
 
 
 def print_table(title: str, rows: dict[str, str]) -> None:
