@@ -72,6 +72,8 @@ class Problem(NamedTuple):
     additional_values: Layout | None
     grad_output: Layout | None = None
     grad_lse: Layout | None = None
+    output: Layout | None = None
+    lse: Layout | None = None
 
 
 def problem_of(axes: tuple[Axis, ...], scale: float, tensors: Tensors) -> Problem:
@@ -137,7 +139,9 @@ class Prepared(NamedTuple):
 
     def run(self, tensors: Tensors, device: torch.device) -> Tensors:
         """Launches; returns the workspaces."""
-        workspaces: Tensors = {name: torch.empty(shape, device=device) for name, shape in self.workspaces.items()}
+        workspaces: Tensors = {
+            name: torch.empty(shape, dtype=torch.float32, device=device) for name, shape in self.workspaces.items()
+        }
         for launch in self.launches:
             launch(tensors | workspaces)
         return workspaces
@@ -462,11 +466,11 @@ def backward(
         "additional_values": additional_values,
         "grad_output": grad_output,
         "grad_lse": grad_lse,
+        "output": output,
+        "lse": lse,
     }
     problem = problem_of(axes, scale, tensors)
     tensors |= {
-        "output": output,
-        "lse": lse,
         "delta": torch.empty_like(lse),
         "grad_query": grad_query,
         "grad_key": grad_key,
