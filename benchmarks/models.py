@@ -3,6 +3,9 @@
     python benchmarks/models.py
     python benchmarks/models.py --models nat_tiny swin_tiny_patch4_window7_224 --batch-size 256
 
+Compilation takes minutes a model. Processes with a model each, an output each and the same `--turns FILE` compile side
+by side and are timed one at a time.
+
 A training step is forward, backward and AdamW (fused on a GPU). Models run under autocast in `--dtype` and in
 torch.compile, on random images of the size that their description in timm says, and without stochastic depth, so that
 compiled gradients can be compared with eager ones. Rates are medians over rounds; memory is the most that PyTorch had
@@ -25,6 +28,7 @@ from record import ROOT, write_csv
 from timing import provenance
 from torch import Tensor, nn
 from torch.nn import functional as F
+from turns import turn
 
 import nat_models  # noqa: F401  registers the models with timm
 
@@ -107,9 +111,10 @@ class Subject:
         return found
 
 
-def measure(subject: Subject, steps: int, rounds: int) -> dict[str, Row]:
+def measure(subject: Subject, steps: int, rounds: int, turns: Path | None = None) -> dict[str, Row]:
     """Images per second and peak memory by mode, if the compiled model is right; its errors in any case."""
-    found = subject.errors()
+    with turn(turns, alone=False):
+        found = subject.errors()
     result: Row = dict(found)
     wrong = [f"{name} {error:.1e}" for name, error in found.items() if not error <= TOLERANCE[subject.dtype]]
     if wrong:
@@ -121,10 +126,11 @@ def measure(subject: Subject, steps: int, rounds: int) -> dict[str, Row]:
         subject.backward(subject.compiled)
         optimizer.step()
 
-    results = {"train": result | rate(train, subject, steps, rounds)}
-    optimizer.zero_grad(set_to_none=True)
-    optimizer.state.clear()
-    results["inference"] = result | rate(lambda: subject.infer(subject.compiled), subject, steps, rounds)
+    with turn(turns, alone=True):
+        results = {"train": result | rate(train, subject, steps, rounds)}
+        optimizer.zero_grad(set_to_none=True)
+        optimizer.state.clear()
+        results["inference"] = result | rate(lambda: subject.infer(subject.compiled), subject, steps, rounds)
     return results
 
 
@@ -154,12 +160,13 @@ def rows_of(name: str, options: argparse.Namespace) -> Iterable[Row]:
     row: Row = {"model": name, "batch_size": options.batch_size, "dtype": options.dtype}
     row["cuda_graphs"] = "yes" if options.cuda_graphs else "no"
     try:
-        subject = Subject(
-            name, options.batch_size, options.image_size, dtype, device, options.backend, options.cuda_graphs
-        )
+        with turn(options.turns, alone=False):
+            subject = Subject(
+                name, options.batch_size, options.image_size, dtype, device, options.backend, options.cuda_graphs
+            )
         row["image_size"] = subject.images.shape[-1]
         row["parameters_m"] = sum(parameter.numel() for parameter in subject.model.parameters()) / 1e6
-        results = measure(subject, options.steps, options.rounds)
+        results = measure(subject, options.steps, options.rounds, options.turns)
     except Exception as failure:  # an unknown name, out of memory, what torch.compile cannot do: as many kinds
         lines = str(failure).splitlines() or [""]
         status = f"failed: {type(failure).__name__}: {lines[0][:200]}"
@@ -184,6 +191,7 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--commit", help="recorded instead of what git says, for a copy without its history")
     parser.add_argument("--output", type=Path, metavar="FILE.csv", help="(default: results/models_DEVICE.csv)")
     parser.add_argument("--append", action="store_true", help="keep the rows that the output file has")
+    parser.add_argument("--turns", type=Path, metavar="FILE", help="lock that processes on the same GPU share")
     return parser.parse_args()
 
 

@@ -1,11 +1,14 @@
 """Clips per second and memory of video models in training and inference, and the latency of streams.
 
-    python benchmarks/video_models.py [MODEL ...] [--frames 16 32] [--output results/video_models.csv]
+    python benchmarks/video_models.py [MODEL ...] [--frames 16 32] [--modes train] [--output results/video_models.csv]
 
 On a GPU under bfloat16 autocast and torch.compile. A model is one of this project's or torchvision's names; after a
 colon stands a variant of ours: `nat3d_tiny:flex` has FlexAttention in place of our kernels, checked to give the same
 before anything is timed. Streaming models are timed frame by frame: their step, and the whole model on its
 window of the last frames, which is what a model without a state has to compute.
+
+Compilation takes minutes a model. Processes with a model and a mode each, outputs each and the same `--turns FILE`
+compile side by side and are timed one at a time.
 """
 
 import argparse
@@ -30,6 +33,7 @@ from timing import provenance
 from torch import Tensor, nn
 from torch.nn.attention.flex_attention import create_block_mask, flex_attention
 from torchvision.models.video import mvit
+from turns import turn
 
 import nat_models  # noqa: F401  registers the models with timm
 from fused_na import neighborhood_attention
@@ -45,6 +49,7 @@ VARIANTS: dict[str, dict[str, Any]] = {
 }
 MODELS = ["swin3d_t", "swin3d_b", "mvit_v2_s", "nat3d_tiny", "nat3d_tiny:flex", "nat3d_tiny:strided", "nat3d_small"]
 STREAMS = ["nat_stream_tiny"]
+MODES = ["inference", "train"]
 NUM_CLASSES = 400
 TOLERANCE = 0.05  # of results that should be the same, relative by norm, in bfloat16
 
@@ -141,8 +146,9 @@ def seconds(call: Callable[[], object], device: torch.device, repeats: int) -> f
 
 
 def measure(call: Callable[[], object], device: torch.device, repeats: int) -> tuple[float, float | str]:
-    """Median seconds of a call, and the peak of memory in GiB while it ran, model included; none on the CPU."""
-    call()
+    """Median seconds of a call that has been called before, and the peak of memory in GiB while it ran, model included;
+    none on the CPU.
+    """
     if device.type != "cuda":
         return seconds(call, device, repeats), ""
     torch.cuda.reset_peak_memory_stats()
@@ -158,20 +164,25 @@ def clip_rows(name: str, frames: int, options: argparse.Namespace, device: torch
     rows = []
     model = optimizer = None
     row: dict[str, Any] = dict(model=name, frames=frames, image_size=options.image_size, batch_size=len(clip))
-    for mode in ("inference", "train"):
+    for mode in options.modes:
         result: dict[str, Any] = dict(clips_per_s="", ms="", peak_gib="", status="ok")
+        flex = Flex()
+        is_flex = name.endswith(":flex")
+        attention = partial(patch, ATTENTION, flex.attend) if is_flex else nullcontext
         try:
-            model = build(name, frames, options.image_size).to(device)
-            row["parameters_m"] = f"{sum(p.numel() for p in model.parameters()) / 1e6:.2f}"
-            flex = Flex()
-            is_flex = name.endswith(":flex")
-            if is_flex:
-                with patch(ATTENTION, flex.prepare):
-                    inference(model, None, clip, labels)
-            optimizer = torch.optim.AdamW(model.parameters(), fused=device.type == "cuda")
-            with patch(ATTENTION, flex.attend) if is_flex else nullcontext():
+            with turn(options.turns, alone=False):
+                model = build(name, frames, options.image_size).to(device)
+                row["parameters_m"] = f"{sum(p.numel() for p in model.parameters()) / 1e6:.2f}"
+                if is_flex:
+                    with patch(ATTENTION, flex.prepare):
+                        inference(model, None, clip, labels)
+                optimizer = torch.optim.AdamW(model.parameters(), fused=device.type == "cuda")
                 step = train_step if mode == "train" else inference
                 run = partial(step, compiled(model.train(mode == "train"), device), optimizer, clip, labels)
+                with attention():
+                    run()
+                torch.cuda.empty_cache()
+            with turn(options.turns, alone=True), attention():
                 elapsed, peak = measure(run, device, options.repeats)
             result["clips_per_s"], result["ms"] = f"{len(clip) / elapsed:.2f}", f"{1e3 * elapsed:.2f}"
             result["peak_gib"] = peak and f"{peak:.2f}"
@@ -228,7 +239,7 @@ def latencies(model: Any, mode: str, options: argparse.Namespace, device: torch.
     step, forward = model.step, model.__call__
     if mode != "eager":
         step, forward = (torch.compile(function, dynamic=False, mode=mode) for function in (step, forward))
-    with autocast(device):
+    with turn(options.turns, alone=False), autocast(device):
         state = model.init_state(1, size, size)
         held = []  # states with an even and an odd number of frames
         for t in range(window // 2 * 2):
@@ -239,6 +250,8 @@ def latencies(model: Any, mode: str, options: argparse.Namespace, device: torch.
         error = ((logits[:, -1] - expected).float().norm() / expected.float().norm()).item()
         if not error < TOLERANCE:
             raise RuntimeError(f"the step's logits differ by {error:.1e} from the whole model's")
+        forward(clip)
+    with turn(options.turns, alone=True), autocast(device):
         new, none = (measure(lambda s=s: step(clip[:, :, :1], s), device, options.repeats) for s in held)
         times = {"step, new map": new, "step, no map": none}
         times["step, mean"] = mean((new[0], none[0])), max(new[1], none[1])  # every second frame adds a map
@@ -279,6 +292,7 @@ def main() -> None:
     parser.add_argument("models", nargs="*", type=known, help=f"(default: {' '.join(MODELS)})")
     parser.add_argument("--streams", nargs="*", type=known, default=STREAMS, help="(default: %(default)s)")
     parser.add_argument("--frames", nargs="+", type=int, default=[16, 32], help="of a clip (default: %(default)s)")
+    parser.add_argument("--modes", nargs="+", choices=MODES, default=MODES, help="(default: all)")
     parser.add_argument("--batch-size", type=int, default=8, help="clips (default: %(default)s)")
     parser.add_argument("--image-size", type=int, default=224, help="pixels a side (default: %(default)s)")
     parser.add_argument("--window", type=int, default=32, help="frames of a stream's window (default: %(default)s)")
@@ -291,6 +305,7 @@ def main() -> None:
     parser.add_argument(
         "--stream-output", type=Path, default=ROOT / "results" / "video_streams.csv", help="CSV of the latencies"
     )
+    parser.add_argument("--turns", type=Path, metavar="FILE", help="lock that processes on the same GPU share")
     options = parser.parse_args()
     device = torch.device(options.device)
     torch.set_float32_matmul_precision("high")
