@@ -16,7 +16,6 @@ from fused_na.triton.neighborhood import (
     bias_position,
     clamped,
     dilated,
-    interior,
     inverse_windows,
     is_unshifted,
     load_bias,
@@ -24,21 +23,22 @@ from fused_na.triton.neighborhood import (
     load_rows,
     load_tile,
     locate,
+    mask,
     offset,
-    part_begin,
-    part_steps,
     store_rows,
-    tile_grid,
     unravel,
     windows,
     within,
 )
 from fused_na.triton.products import product
+from fused_na.triton.walk import first_tile, interior, next_tile, part
 
 LOG2_E = tl.constexpr(1.4426950408889634)
 
 
-@triton.jit(do_not_specialize=["length_t", "length_h", "length_w", "heads", "additional"])
+@triton.jit(
+    do_not_specialize=["length_w", "heads", "additional"], do_not_specialize_on_alignment=["length_t", "length_h"]
+)
 def query_kernel(
     query,
     key,
@@ -102,7 +102,7 @@ def query_kernel(
     grad_base = grad_output + batch * grad_output_strides[0] + head * grad_output_strides[4]
     grad_o = load_rows(grad_base, offset(token, grad_output_strides[1:4], WIDE), is_query, HEAD_DIM_V, BLOCK_DV)
 
-    tokens = length_t.to(tl.int64) * length_h * length_w
+    tokens = length_w.to(tl.int64) * length_h * length_t
     row = offset(token, (length_h * length_w, length_w, 1), WIDE)
     output_base = batch * tokens * heads + head
     o = load_rows(output + output_base * HEAD_DIM_V, row * heads * HEAD_DIM_V, is_query, HEAD_DIM_V, BLOCK_DV)
@@ -117,7 +117,6 @@ def query_kernel(
     first, first_end = windows(begin, members, KERNEL, STRIDE, CAUSAL)
     last = clamped(begin, (QUERY_TILE[0] - 1, QUERY_TILE[1] - 1, QUERY_TILE[2] - 1), members)
     last_start, stop = windows(last, members, KERNEL, STRIDE, CAUSAL)
-    grid = tile_grid(first, stop, KEY_TILE)
 
     key_inner = unravel(tl.arange(0, KEYS), KEY_TILE)
     if not TMA:
@@ -132,10 +131,11 @@ def query_kernel(
         key_position = bias_position(key_inner, KERNEL)
 
     grad_q = tl.zeros([QUERIES, BLOCK_D], tl.float32)
-    low, size = interior(first, first_end, last_start, KEY_TILE)
+    inner_begin, inner_end = interior(first, first_end, last_start, KEY_TILE)
     for INNER in tl.static_range(2 if INTERIOR else 1):  # as in forward
-        for step in tl.range(0, part_steps(grid, size, INNER, INTERIOR), num_stages=STAGES):
-            key_begin = part_begin(step, first, grid, low, size, KEY_TILE, INNER, INTERIOR)
+        walk, steps = part(first, stop, inner_begin, inner_end, KEY_TILE, INNER, INTERIOR)
+        key_begin = first_tile(walk)
+        for _ in tl.range(0, steps, num_stages=STAGES):
             key_token = dilated(group, key_begin, dilations)
             is_key = below(key_begin, key_inner, stop)
             if TMA:
@@ -146,17 +146,18 @@ def query_kernel(
                 k = load_rows(key_base + offset(key_token, key_strides[1:4], WIDE), key_rows, is_key, HEAD_DIM, BLOCK_D)
                 v = load_rows(v_base, value_rows, is_key, HEAD_DIM_V, BLOCK_DV)
             initial = tl.zeros([QUERIES, KEYS], tl.float32)
-            if rpb is not None:
-                attends = within(start, end, key_begin, key_inner, QUERY_TILE, KEY_TILE)
-                position = (bias_position(key_begin, KERNEL) + key_position)[None, :] - query_position[:, None]
-                initial = load_bias(rpb_base + position, attends, key_begin[0] < stop[0])
+            if not INNER:
+                if rpb is None:
+                    initial = mask(start, end, key_begin, key_inner, QUERY_TILE, KEY_TILE)
+                else:
+                    attends = within(start, end, key_begin, key_inner, QUERY_TILE, KEY_TILE)
+                    position = (bias_position(key_begin, KERNEL) + key_position)[None, :] - query_position[:, None]
+                    initial = load_bias(rpb_base + position, attends, key_begin[0] < stop[0])
             scores = product(q, k.T, initial, PRECISION=PRECISION) * (scale * LOG2_E)
             probabilities = tl.exp2(scores - row_lse[:, None])
-            if rpb is None and not INNER:
-                attends = within(start, end, key_begin, key_inner, QUERY_TILE, KEY_TILE)
-                probabilities = tl.where(attends, probabilities, 0.0)
             grad_scores = probabilities * (product(grad_o, v.T, PRECISION=PRECISION) - row_delta[:, None])
             grad_q = product(grad_scores.to(k.dtype), k, grad_q, PRECISION=PRECISION)
+            key_begin = next_tile(key_begin, walk, KEY_TILE)
 
     if additional_keys is not None:
         extra_keys = additional_keys + batch * additional_keys_strides[0] + head_kv * additional_keys_strides[2]
@@ -173,7 +174,7 @@ def query_kernel(
     store_rows(grad_query + output_base * HEAD_DIM, row * heads * HEAD_DIM, is_query, grad_q * scale, HEAD_DIM, BLOCK_D)
 
 
-@triton.jit(do_not_specialize=["length_t", "length_h", "length_w", "heads"])
+@triton.jit(do_not_specialize=["length_w", "heads"], do_not_specialize_on_alignment=["length_t", "length_h"])
 def key_value_kernel(
     query,
     key,
@@ -235,7 +236,6 @@ def key_value_kernel(
     first, first_end = inverse_windows(begin, members, KERNEL, STRIDE, CAUSAL)
     last = clamped(begin, (KEY_TILE[0] - 1, KEY_TILE[1] - 1, KEY_TILE[2] - 1), members)
     last_start, stop = inverse_windows(last, members, KERNEL, STRIDE, CAUSAL)
-    grid = tile_grid(first, stop, QUERY_TILE)
 
     query_inner = unravel(tl.arange(0, QUERIES), QUERY_TILE)
     no_group = (group[0] * 0, group[1] * 0, group[2] * 0)
@@ -244,50 +244,52 @@ def key_value_kernel(
     grad_rows = offset(query_token, grad_output_strides[1:4], WIDE)
     row_strides = (length_h * length_w, length_w, 1)
     lse_rows = offset(query_token, row_strides, WIDE)
-    tokens = length_t.to(tl.int64) * length_h * length_w
+    tokens = length_w.to(tl.int64) * length_h * length_t
     key_position = bias_position(member, KERNEL)
     query_position = bias_position(query_inner, KERNEL)
 
     grad_k = tl.zeros([KEYS, BLOCK_D], tl.float32)
     grad_v = tl.zeros([KEYS, BLOCK_DV], tl.float32)
-    low, size = interior(first, first_end, last_start, QUERY_TILE)
+    inner_begin, inner_end = interior(first, first_end, last_start, QUERY_TILE)
     for INNER in tl.static_range(2 if INTERIOR else 1):  # as in forward
-        steps = part_steps(grid, size, INNER, INTERIOR)
-        for step in tl.range(0, HEADS_PER_KV * steps, num_stages=STAGES):
-            head, place = head_kv, step
-            if HEADS_PER_KV > 1:
-                head, place = head_kv * HEADS_PER_KV + step // steps, step % steps
-            query_begin = part_begin(place, first, grid, low, size, QUERY_TILE, INNER, INTERIOR)
-            query_origin = dilated(group, query_begin, dilations)
-            is_query = below(query_begin, query_inner, stop)
-            if TMA:
-                q = load_tile(query, batch, query_begin, head, QUERIES, HEAD_DIM)
-                grad_o = load_tile(grad_output, batch, query_begin, head, QUERIES, HEAD_DIM_V)
-            else:
-                query_base = query + batch * query_strides[0] + head * query_strides[4]
-                query_base += offset(query_origin, query_strides[1:4], WIDE)
-                q = load_rows(query_base, query_rows, is_query, HEAD_DIM, BLOCK_D)
-                grad_base = grad_output + batch * grad_output_strides[0] + head * grad_output_strides[4]
-                grad_base += offset(query_origin, grad_output_strides[1:4], WIDE)
-                grad_o = load_rows(grad_base, grad_rows, is_query, HEAD_DIM_V, BLOCK_DV)
-            row_base = (batch * heads + head) * tokens + offset(query_origin, row_strides, WIDE)
-            row_lse, row_delta = load_row_pair(lse + row_base, delta + row_base, lse_rows, is_query, INNER)
-            row_lse *= LOG2_E
+        walk, steps = part(first, stop, inner_begin, inner_end, QUERY_TILE, INNER, INTERIOR)
+        for sharer in range(HEADS_PER_KV):
+            head = head_kv * HEADS_PER_KV + sharer
+            query_begin = first_tile(walk)
+            for _ in tl.range(0, steps, num_stages=STAGES):
+                query_origin = dilated(group, query_begin, dilations)
+                is_query = below(query_begin, query_inner, stop)
+                if TMA:
+                    q = load_tile(query, batch, query_begin, head, QUERIES, HEAD_DIM)
+                    grad_o = load_tile(grad_output, batch, query_begin, head, QUERIES, HEAD_DIM_V)
+                else:
+                    query_base = query + batch * query_strides[0] + head * query_strides[4]
+                    query_base += offset(query_origin, query_strides[1:4], WIDE)
+                    q = load_rows(query_base, query_rows, is_query, HEAD_DIM, BLOCK_D)
+                    grad_base = grad_output + batch * grad_output_strides[0] + head * grad_output_strides[4]
+                    grad_base += offset(query_origin, grad_output_strides[1:4], WIDE)
+                    grad_o = load_rows(grad_base, grad_rows, is_query, HEAD_DIM_V, BLOCK_DV)
+                row_base = (batch * heads + head) * tokens + offset(query_origin, row_strides, WIDE)
+                row_lse, row_delta = load_row_pair(lse + row_base, delta + row_base, lse_rows, is_query, INNER)
+                row_lse *= LOG2_E
 
-            initial = tl.zeros([KEYS, QUERIES], tl.float32)
-            if rpb is not None:
-                attends = within(start, end, query_begin, query_inner, KEY_TILE, QUERY_TILE)
-                rpb_base = rpb + head * ((2 * KERNEL[0] - 1) * (2 * KERNEL[1] - 1) * (2 * KERNEL[2] - 1))
-                position = key_position[:, None] - (bias_position(query_begin, KERNEL) + query_position)[None, :]
-                initial = load_bias(rpb_base + bias_center(KERNEL) + position, attends, query_begin[0] < stop[0])
-            scores = product(k, q.T, initial, PRECISION=PRECISION) * (scale * LOG2_E)
-            probabilities = tl.exp2(scores - row_lse[None, :])
-            if rpb is None and not INNER:
-                attends = within(start, end, query_begin, query_inner, KEY_TILE, QUERY_TILE)
-                probabilities = tl.where(attends, probabilities, 0.0)
-            grad_v = product(probabilities.to(grad_o.dtype), grad_o, grad_v, PRECISION=PRECISION)
-            grad_scores = probabilities * (product(v, grad_o.T, PRECISION=PRECISION) - row_delta[None, :])
-            grad_k = product(grad_scores.to(q.dtype), q, grad_k, PRECISION=PRECISION)
+                initial = tl.zeros([KEYS, QUERIES], tl.float32)
+                if not INNER:
+                    if rpb is None:
+                        initial = mask(start, end, query_begin, query_inner, KEY_TILE, QUERY_TILE)
+                    else:
+                        attends = within(start, end, query_begin, query_inner, KEY_TILE, QUERY_TILE)
+                        rpb_base = rpb + head * ((2 * KERNEL[0] - 1) * (2 * KERNEL[1] - 1) * (2 * KERNEL[2] - 1))
+                        rpb_base += bias_center(KERNEL)
+                        tile_position = bias_position(query_begin, KERNEL) + query_position
+                        position = key_position[:, None] - tile_position[None, :]
+                        initial = load_bias(rpb_base + position, attends, query_begin[0] < stop[0])
+                scores = product(k, q.T, initial, PRECISION=PRECISION) * (scale * LOG2_E)
+                probabilities = tl.exp2(scores - row_lse[None, :])
+                grad_v = product(probabilities.to(grad_o.dtype), grad_o, grad_v, PRECISION=PRECISION)
+                grad_scores = probabilities * (product(v, grad_o.T, PRECISION=PRECISION) - row_delta[None, :])
+                grad_k = product(grad_scores.to(q.dtype), q, grad_k, PRECISION=PRECISION)
+                query_begin = next_tile(query_begin, walk, QUERY_TILE)
 
     row = offset(token, row_strides, WIDE) * heads_kv
     row_base = batch * tokens * heads_kv + head_kv
@@ -296,16 +298,8 @@ def key_value_kernel(
 
 
 @triton.jit(
-    do_not_specialize=[
-        "length_t",
-        "length_h",
-        "length_w",
-        "heads",
-        "batches",
-        "batch_splits",
-        "items",
-        "items_per_split",
-    ]  # fmt: skip
+    do_not_specialize=["length_w", "heads", "batches", "batch_splits", "items", "items_per_split"],
+    do_not_specialize_on_alignment=["length_t", "length_h"],
 )
 def bias_kernel(
     query,
@@ -365,7 +359,7 @@ def bias_kernel(
 
     inner = unravel(tl.arange(0, QUERIES), QUERY_TILE)
     key_inner = unravel(tl.arange(0, KEYS), KEY_TILE)
-    tokens = length_t.to(tl.int64) * length_h * length_w
+    tokens = length_w.to(tl.int64) * length_h * length_t
     rpb_base = rpb + head * ((2 * KERNEL[0] - 1) * (2 * KERNEL[1] - 1) * (2 * KERNEL[2] - 1)) + bias_center(KERNEL)
     part = tl.cdiv(batches, batch_splits)
 
@@ -468,7 +462,10 @@ def bias_fold_kernel(
     tl.store(grad_rpb + pid, tl.sum(total, 0))
 
 
-@triton.jit(do_not_specialize=["length_t", "length_h", "length_w", "heads", "additional", "tokens_per_split"])
+@triton.jit(
+    do_not_specialize=["length_w", "heads", "additional", "tokens_per_split"],
+    do_not_specialize_on_alignment=["length_t", "length_h"],
+)
 def additional_kernel(
     query,
     additional_keys,

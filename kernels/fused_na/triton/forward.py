@@ -9,21 +9,19 @@ from fused_na.triton.neighborhood import (
     bias_position,
     clamped,
     dilated,
-    interior,
     load_bias,
     load_rows,
     load_tile,
     locate,
+    mask,
     offset,
-    part_begin,
-    part_steps,
     store_rows,
-    tile_grid,
     unravel,
     windows,
     within,
 )
 from fused_na.triton.products import product
+from fused_na.triton.walk import first_tile, interior, next_tile, part
 
 
 @triton.jit
@@ -41,7 +39,9 @@ def softmax_step(scores, factor, values, highest, total, accumulator, PRECISION:
     return new_highest, total, accumulator
 
 
-@triton.jit(do_not_specialize=["length_t", "length_h", "length_w", "heads", "additional"])
+@triton.jit(
+    do_not_specialize=["length_w", "heads", "additional"], do_not_specialize_on_alignment=["length_t", "length_h"]
+)
 def forward_kernel(
     query,
     key,
@@ -103,7 +103,6 @@ def forward_kernel(
     first, first_end = windows(begin, members, KERNEL, STRIDE, CAUSAL)
     last = clamped(begin, (QUERY_TILE[0] - 1, QUERY_TILE[1] - 1, QUERY_TILE[2] - 1), members)
     last_start, stop = windows(last, members, KERNEL, STRIDE, CAUSAL)
-    grid = tile_grid(first, stop, KEY_TILE)
 
     key_inner = unravel(tl.arange(0, KEYS), KEY_TILE)
     if not TMA:
@@ -122,10 +121,11 @@ def forward_kernel(
     total = tl.zeros([QUERIES], tl.float32)
     accumulator = tl.zeros([QUERIES, BLOCK_DV], tl.float32)
     # Tiles that lie in all windows come last, in a loop of their own that needs no mask.
-    low, size = interior(first, first_end, last_start, KEY_TILE)
+    inner_begin, inner_end = interior(first, first_end, last_start, KEY_TILE)
     for INNER in tl.static_range(2 if INTERIOR else 1):
-        for step in tl.range(0, part_steps(grid, size, INNER, INTERIOR), num_stages=STAGES):
-            key_begin = part_begin(step, first, grid, low, size, KEY_TILE, INNER, INTERIOR)
+        walk, steps = part(first, stop, inner_begin, inner_end, KEY_TILE, INNER, INTERIOR)
+        key_begin = first_tile(walk)
+        for _ in tl.range(0, steps, num_stages=STAGES):
             key_token = dilated(group, key_begin, dilations)
             is_key = below(key_begin, key_inner, stop)
             if TMA:
@@ -133,20 +133,21 @@ def forward_kernel(
             else:
                 k = load_rows(key_base + offset(key_token, key_strides[1:4], WIDE), key_rows, is_key, HEAD_DIM, BLOCK_D)
             initial = tl.zeros([QUERIES, KEYS], tl.float32)
-            if rpb is not None:
-                attends = within(start, end, key_begin, key_inner, QUERY_TILE, KEY_TILE)
-                position = (bias_position(key_begin, KERNEL) + key_position)[None, :] - query_position[:, None]
-                initial = load_bias(rpb_base + position, attends, key_begin[0] < stop[0])
+            if not INNER:
+                if rpb is None:
+                    initial = mask(start, end, key_begin, key_inner, QUERY_TILE, KEY_TILE)
+                else:
+                    attends = within(start, end, key_begin, key_inner, QUERY_TILE, KEY_TILE)
+                    position = (bias_position(key_begin, KERNEL) + key_position)[None, :] - query_position[:, None]
+                    initial = load_bias(rpb_base + position, attends, key_begin[0] < stop[0])
             scores = product(q, k.T, initial, PRECISION=PRECISION)
-            if rpb is None and not INNER:
-                attends = within(start, end, key_begin, key_inner, QUERY_TILE, KEY_TILE)
-                scores = tl.where(attends, scores, float("-inf"))
             if TMA:
                 v = load_tile(value, batch, key_begin, head_kv, KEYS, HEAD_DIM_V)
             else:
                 v_base = value_base + offset(key_token, value_strides[1:4], WIDE)
                 v = load_rows(v_base, value_rows, is_key, HEAD_DIM_V, BLOCK_DV)
             highest, total, accumulator = softmax_step(scores, factor, v, highest, total, accumulator, PRECISION)
+            key_begin = next_tile(key_begin, walk, KEY_TILE)
 
     if additional_keys is not None:
         extra_keys = additional_keys + batch * additional_keys_strides[0] + head_kv * additional_keys_strides[2]
@@ -160,8 +161,10 @@ def forward_kernel(
             highest, total, accumulator = softmax_step(scores, factor, v, highest, total, accumulator, PRECISION)
 
     # In memory the output is `[B, *spatial, heads, head_dim_v]` and the log-sum-exp `[B, heads, *spatial]`.
-    tokens = length_t.to(tl.int64) * length_h * length_w
+    tokens = length_w.to(tl.int64) * length_h * length_t
     row = offset(token, (length_h * length_w, length_w, 1), WIDE)
     output_base = output + (batch * tokens * heads + head) * HEAD_DIM_V
-    store_rows(output_base, row * heads * HEAD_DIM_V, is_query, accumulator / total[:, None], HEAD_DIM_V, BLOCK_DV)
+    store_rows(
+        output_base, row * heads * HEAD_DIM_V, is_query, accumulator * (1.0 / total)[:, None], HEAD_DIM_V, BLOCK_DV
+    )
     tl.store(lse + (batch * heads + head) * tokens + row, (highest + tl.log2(total)) / LOG2_E, mask=is_query)

@@ -29,7 +29,7 @@ from fused_na.triton.products import product
 LOG2_E = tl.constexpr(1.4426950408889634)
 
 
-@triton.jit(do_not_specialize=["length_t", "length_h", "length_w", "heads"])
+@triton.jit(do_not_specialize=["length_w", "heads"], do_not_specialize_on_alignment=["length_t", "length_h"])
 def forward_small_kernel(
     query,
     key,
@@ -139,8 +139,10 @@ def forward_small_kernel(
             highest = new_highest
 
     # In memory the output is `[B, *spatial, heads, head_dim_v]` and the log-sum-exp `[B, heads, *spatial]`.
-    tokens = length_t.to(tl.int64) * length_h * length_w
+    tokens = length_w.to(tl.int64) * length_h * length_t
     row = offset(token, (length_h * length_w, length_w, 1), WIDE)
     output_base = output + (batch * tokens * heads + head) * HEAD_DIM_V
-    store_rows(output_base, row * heads * HEAD_DIM_V, is_query, accumulator / total[:, None], HEAD_DIM_V, BLOCK_DV)
+    store_rows(
+        output_base, row * heads * HEAD_DIM_V, is_query, accumulator * (1.0 / total)[:, None], HEAD_DIM_V, BLOCK_DV
+    )
     tl.store(lse + (batch * heads + head) * tokens + row, (highest + tl.log2(total)) / LOG2_E, mask=is_query)

@@ -59,8 +59,8 @@ CANDIDATES = {
     ("query", "small volume"): [Candidate(16, 32, 1, 2, True, 112), Candidate(32, 32, 1, 3, True, 110)],
     ("key_value", "small"): [Candidate(32, 32, 1, 2, False, 75)],
     ("key_value", "small volume"): [Candidate(32, 32, 1, 3, False, 98)],
-    ("bias", "small"): [Candidate(32, 32, 1, 3, False, 60)],
-    ("bias", "small volume"): [Candidate(32, 32, 1, 2, False, 60)],
+    ("bias", "small"): [Candidate(32, 32, 1, 3, True, 60)],
+    ("bias", "small volume"): [Candidate(32, 32, 1, 2, True, 60, max_registers=168)],
     # The same where a dilation group is small enough to be one or few tiles.
     ("forward", "small dilated"): [Candidate(64, 32, 1, 2, False, 70), Candidate(32, 32, 1, 2, False, 60)],
     ("query", "small dilated"): [Candidate(64, 32, 1, 2, False, 54), Candidate(32, 32, 1, 2, False, 45)],
@@ -89,7 +89,7 @@ CANDIDATES = {
     ("query", "wide"): [Candidate(64, 64, 4, 2, True, 320), Candidate(64, 32, 4, 2, True, 200)],
     ("query", "narrow"): [Candidate(64, 64, 4, 2, True, 315)],
     ("key_value", "wide"): [Candidate(64, 64, 4, 2, True, 165), Candidate(64, 32, 4, 2, True, 110)],
-    ("key_value", "narrow"): [Candidate(64, 64, 4, 1, False, 147)],
+    ("key_value", "narrow"): [Candidate(64, 64, 4, 3, True, 178), Candidate(64, 64, 4, 1, False, 147)],
     ("bias", "wide"): [Candidate(64, 64, 4, 1, False, 100)],
     ("bias", "narrow"): [Candidate(64, 64, 4, 1, False, 100)],
     # A head_dim under 64 beside windows or another head_dim that are not small. Matrix units of single warps: warpgroup
