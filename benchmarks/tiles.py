@@ -72,22 +72,20 @@ class Subject:
         for (rows, moving, warps), stages, bulk in product(SMALL if is_small else LARGE, (2, 3), (True, False)):
             if bulk and self.geometry.groups > 1:
                 continue
-            for by_row in (False, True) if self.kernel == "forward" and is_small else (False,):
-                tilings = sorted(
-                    (executed_scores(axes, s, m, over_keys), -m[2], -s[2], s, m)
-                    for s in extents(rows, axes)
-                    for m in extents(moving, axes)
-                    if m[0] == 1 or not by_row
-                )
-                if not tilings:
-                    continue
-                *_, s, m = tilings[0]
-                query, key = (s, m) if over_keys else (m, s)
-                for registers in REGISTERS if is_small else (None,):
-                    tiles = Tiles(query, key, warps, stages, bulk, by_row, registers)
-                    if tiles not in found:
-                        found.add(tiles)
-                        yield tiles
+            tilings = sorted(
+                (executed_scores(axes, s, m, over_keys), -m[2], -s[2], s, m)
+                for s in extents(rows, axes)
+                for m in extents(moving, axes)
+            )
+            if not tilings:
+                continue
+            *_, s, m = tilings[0]
+            query, key = (s, m) if over_keys else (m, s)
+            for registers in REGISTERS if is_small else (None,):
+                tiles = Tiles(query, key, warps, stages, bulk, registers)
+                if tiles not in found:
+                    found.add(tiles)
+                    yield tiles
 
     def prepare(self, tiles: Tiles) -> Callable[[], object]:
         """What runs the kernel with certain tiles, after it ran once."""
@@ -118,7 +116,7 @@ def rows_of(case: str, kernel: str, has_rpb: bool, top: int, device: torch.devic
         row |= {"tiles": " ".join("x".join(map(str, x)) for x in tiles[:2])}
         row |= {"warps": tiles.num_warps, "stages": tiles.num_stages}
         row |= {"registers": tiles.max_registers or "any"}
-        row |= {"loads": ("bulk" if tiles.bulk else "pointers") + (", by row" if tiles.by_row else "")}
+        row |= {"loads": "bulk" if tiles.bulk else "pointers"}
         try:
             run = subject.prepare(tiles)
         except triton.runtime.errors.OutOfResources as error:

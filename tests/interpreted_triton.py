@@ -176,7 +176,6 @@ def test_any_tiles(axes: list[Axis], query: Extent, key: Extent, monkeypatch: py
 
 
 @pytest.mark.parametrize("bulk", [False, True], ids=["loads", "bulk copies"])
-@pytest.mark.parametrize("by_row", [False, True], ids=["tiles", "rows"])
 @pytest.mark.parametrize("has_rpb", [False, True], ids=["", "rpb"])
 @pytest.mark.parametrize(
     "axes",
@@ -187,19 +186,17 @@ def test_any_tiles(axes: list[Axis], query: Extent, key: Extent, monkeypatch: py
         [Axis(5, 3, 2, 1, True), Axis(4, 3), Axis(5, 4)],
     ],
 )
-def test_every_way_to_run(
-    axes: list[Axis], has_rpb: bool, by_row: bool, bulk: bool, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """The general kernels and forward's for small windows, with and without the GPU's engine for bulk copies."""
+def test_loads_and_bulk_copies(axes: list[Axis], has_rpb: bool, bulk: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """With and without the GPU's engine for bulk copies."""
     query = [(1, 1, 16), (4, 1, 4), (2, 2, 4)][len(axes) - 1]
-    key = [(1, 1, 16), (1, 1, 16) if by_row else (4, 1, 4), (1, 4, 4)][len(axes) - 1]
-    monkeypatch.setattr(launch, "choose_tiles", lambda *problem: Tiles(query, key, 1, 1, bulk, by_row))
+    key = [(1, 1, 16), (4, 1, 4), (1, 4, 4)][len(axes) - 1]
+    monkeypatch.setattr(launch, "choose_tiles", lambda *problem: Tiles(query, key, 1, 1, bulk))
     monkeypatch.setattr(launch, "_has_bulk_copies", lambda device: True)
     described = []
     monkeypatch.setattr(launch, "TensorDescriptor", lambda *x: described.append(x) or TensorDescriptor(*x))
     problem = Problem(*zip(*axes, strict=True), 1, 1, 1, head_dim=16, head_dim_v=32, has_rpb=has_rpb, layout="packed")
     inputs = problem.inputs(torch.float32)
-    if by_row or (has_rpb and len(axes) == 3):  # forward alone, for time's sake
+    if has_rpb and len(axes) == 3:  # forward alone, for time's sake
         results = [
             neighborhood_attention(**inputs, **problem.options, return_lse=True, backend=backend)
             for backend in ("reference", "triton")

@@ -59,8 +59,6 @@ def assert_legal(tiles: Tiles, kernel: str, axes: tuple[Axis, ...], head_dim: in
         assert t <= limits[0] and h <= limits[1], "tiles reach beyond a map along w alone"
         assert w <= limits[2] or (2 * t > limits[0] and 2 * h > limits[1]), "and only where the map is smaller"
     assert tiles.num_warps in (1, 2, 4, 8) and tiles.num_stages >= 1
-    if tiles.by_row:
-        assert kernel == "forward" and tiles.key[0] == 1
     # Each stage holds a tile of keys and values, or of queries and gradients of the output; the rest is in registers.
     rows = tiles.num_stages * prod(tiles.query if kernel == "key_value" else tiles.key)
     assert rows * (padded(head_dim) + padded(head_dim_v)) * size <= SHARED_MEMORY

@@ -54,6 +54,8 @@ def works(decoder: str) -> bool:
 torchcodec_works = works("torchcodec")
 needs_torchcodec = pytest.mark.skipif(not torchcodec_works, reason="torchcodec, or FFmpeg for it, is not installed")
 DECODERS = ["pyav", pytest.param("torchcodec", marks=needs_torchcodec)]
+if torch.cuda.is_available():
+    DECODERS.append(pytest.param("torchcodec-cuda", marks=[needs_torchcodec, pytest.mark.gpu]))
 decoders = pytest.mark.parametrize("decoder", DECODERS)
 
 

@@ -19,7 +19,6 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 from fused_na.triton import autotune
 from fused_na.triton.backward import additional_kernel, bias_fold_kernel, bias_kernel, key_value_kernel, query_kernel
 from fused_na.triton.forward import forward_kernel
-from fused_na.triton.forward_small import forward_small_kernel
 from fused_na.triton.tiles import (
     HOPPER_SHARED_MEMORY,
     Extent,
@@ -295,10 +294,8 @@ def _shared_memory(device: torch.device) -> int:
 
 
 def _forward(geometry: Geometry, tiles: Tiles) -> Prepared:
-    by_row = tiles.by_row and geometry.problem.additional_keys is None
-    kernel = forward_small_kernel if by_row else forward_kernel
     programs = geometry.count(tiles.query) * geometry.heads * geometry.batch
-    return Prepared([geometry.launch(kernel, programs, tiles, {"key": tiles.key, "value": tiles.key})])
+    return Prepared([geometry.launch(forward_kernel, programs, tiles, {"key": tiles.key, "value": tiles.key})])
 
 
 def _query(geometry: Geometry, tiles: Tiles) -> Prepared:

@@ -134,18 +134,11 @@ def inside_axis(row_start, row_end, column):
 
 
 @triton.jit
-def inside_plane(row_start, row_end, begin, inner, ROW_TILE: tl.constexpr, COLUMN_TILE: tl.constexpr):
-    """As `within`, on the h and w axes alone."""
+def within(row_start, row_end, begin, inner, ROW_TILE: tl.constexpr, COLUMN_TILE: tl.constexpr):
+    """Whether each column (member `begin + inner`) lies in each row's interval on every axis: `[rows, columns]`."""
     inside = inside_axis(row_start[2], row_end[2], begin[2] + inner[2])
     if ROW_TILE[1] * COLUMN_TILE[1] > 1:
         inside &= inside_axis(row_start[1], row_end[1], begin[1] + inner[1])
-    return inside
-
-
-@triton.jit
-def within(row_start, row_end, begin, inner, ROW_TILE: tl.constexpr, COLUMN_TILE: tl.constexpr):
-    """Whether each column (member `begin + inner`) lies in each row's interval on every axis: `[rows, columns]`."""
-    inside = inside_plane(row_start, row_end, begin, inner, ROW_TILE, COLUMN_TILE)
     if ROW_TILE[0] * COLUMN_TILE[0] > 1:
         inside &= inside_axis(row_start[0], row_end[0], begin[0] + inner[0])
     return inside

@@ -30,7 +30,6 @@ class Tiles(NamedTuple):
     num_warps: int
     num_stages: int
     bulk: bool = False  # load through the bulk copy engine where the machine and the layout allow it
-    by_row: bool = False  # whether forward goes by single rows along t: the kernel for small windows
     max_registers: int | None = None  # of a thread; fewer let more programs run at once, None leaves it to the compiler
 
 
@@ -43,49 +42,42 @@ class Candidate(NamedTuple):
     num_stages: int
     bulk: bool
     rate: float  # executed TFLOP/s of the score products on one H100
-    by_row: bool = False
     max_registers: int | None = None
 
 
 # By kernel and regime, measured on an H100 and used everywhere. Rates only matter against each other.
 CANDIDATES = {
     # Windows of at most 512 tokens at head_dim up to 64: one warp a program, bound by instructions and latency.
-    ("forward", "small"): [Candidate(32, 32, 1, 3, True, 120), Candidate(16, 64, 1, 3, True, 80)],
-    ("forward", "small volume"): [
-        Candidate(32, 64, 1, 2, True, 170, by_row=True),
-        Candidate(32, 32, 1, 3, True, 100),  # where a clip's plane is smaller than a row's tile
-    ],
-    ("query", "small"): [Candidate(32, 32, 1, 3, True, 100)],
-    ("query", "small volume"): [Candidate(16, 32, 1, 2, True, 112), Candidate(32, 32, 1, 3, True, 110)],
-    ("key_value", "small"): [Candidate(32, 32, 1, 2, False, 75)],
-    ("key_value", "small volume"): [Candidate(32, 32, 1, 3, False, 98)],
+    ("forward", "small"): [Candidate(32, 64, 1, 3, True, 122), Candidate(32, 32, 1, 3, True, 120)],
+    ("forward", "small volume"): [Candidate(32, 64, 1, 3, True, 100)],
+    ("query", "small"): [Candidate(32, 32, 1, 3, True, 100, max_registers=168)],
+    ("key_value", "small"): [Candidate(32, 32, 1, 3, False, 75)],
     ("bias", "small"): [Candidate(32, 32, 1, 3, True, 60)],
     ("bias", "small volume"): [Candidate(32, 32, 1, 2, True, 60, max_registers=168)],
     # The same where a dilation group is small enough to be one or few tiles.
     ("forward", "small dilated"): [Candidate(64, 32, 1, 2, False, 70), Candidate(32, 32, 1, 2, False, 60)],
-    ("query", "small dilated"): [Candidate(64, 32, 1, 2, False, 54), Candidate(32, 32, 1, 2, False, 45)],
+    ("query", "small dilated"): [Candidate(64, 32, 1, 2, False, 54), Candidate(32, 32, 1, 3, False, 52)],
     ("key_value", "small dilated"): [Candidate(64, 64, 2, 2, False, 53), Candidate(32, 32, 1, 2, False, 45)],
     # The same with a relative positional bias, whose loads and addresses take registers.
     ("forward", "small with bias"): [Candidate(16, 64, 1, 2, True, 86), Candidate(16, 32, 1, 3, True, 74)],
     ("query", "small with bias"): [Candidate(16, 32, 1, 3, True, 63)],
-    ("key_value", "small with bias"): [Candidate(32, 32, 1, 2, False, 52)],
+    ("key_value", "small with bias"): [Candidate(32, 16, 1, 2, True, 52)],
     ("forward", "small volume with bias"): [Candidate(16, 64, 1, 2, True, 96)],
-    ("query", "small volume with bias"): [Candidate(16, 32, 1, 2, True, 60)],
-    ("key_value", "small volume with bias"): [Candidate(32, 32, 1, 2, False, 58)],
-    ("key_value", "small dilated with bias"): [Candidate(32, 32, 1, 2, False, 37)],
+    ("query", "small volume with bias"): [Candidate(16, 32, 1, 3, True, 60)],
+    ("key_value", "small volume with bias"): [Candidate(16, 32, 1, 2, False, 58)],
+    ("key_value", "small dilated with bias"): [Candidate(32, 64, 1, 2, False, 37)],
     # Everything else in 16 bits: warpgroup products, bound by the pipeline of softmax and products. The slowest
     # candidates are for GPUs with less shared memory, and for biases.
     ("forward", "wide"): [
-        Candidate(128, 128, 8, 3, True, 450),
-        Candidate(128, 64, 4, 2, True, 430),
-        Candidate(64, 64, 4, 3, True, 390),
+        Candidate(128, 128, 8, 3, True, 510),
+        Candidate(64, 64, 4, 3, True, 485),
         Candidate(64, 64, 4, 2, True, 380),
     ],
     ("forward", "sequence"): [Candidate(64, 64, 4, 3, True, 400), Candidate(64, 64, 4, 2, True, 390)],
     ("query", "sequence"): [Candidate(64, 64, 4, 2, True, 300), Candidate(64, 32, 4, 2, True, 200)],
     ("key_value", "sequence"): [Candidate(64, 64, 4, 2, True, 160), Candidate(64, 32, 4, 2, True, 110)],
     ("bias", "sequence"): [Candidate(64, 64, 4, 1, False, 100)],
-    ("forward", "narrow"): [Candidate(64, 64, 4, 3, False, 300)],
+    ("forward", "narrow"): [Candidate(64, 64, 4, 2, True, 400)],
     ("query", "wide"): [Candidate(64, 64, 4, 2, True, 320), Candidate(64, 32, 4, 2, True, 200)],
     ("query", "narrow"): [Candidate(64, 64, 4, 2, True, 315)],
     ("key_value", "wide"): [Candidate(64, 64, 4, 2, True, 165), Candidate(64, 32, 4, 2, True, 110)],
@@ -137,13 +129,8 @@ def _plain(lengths: tuple[int, ...], kernel_size: tuple[int, ...]) -> tuple[Axis
 # Where a search on an H100 found a choice more than 5 % better than the candidates give: 16-bit problems at head_dim
 # 32 without a bias.
 TUNED = {
-    ("forward", _plain((28, 28), (7, 7))): Tiles((2, 1, 16), (8, 1, 4), 1, 3, True),
     ("forward", _plain((7, 7), (7, 7))): Tiles((4, 1, 8), (4, 1, 8), 1, 2, True),
-    ("query", _plain((7, 7), (7, 7))): Tiles((8, 1, 8), (8, 1, 8), 4, 2, False),
-    ("query", _plain((16, 56, 56), (7, 7, 7))): Tiles((4, 2, 2), (1, 8, 4), 1, 2, True),
-    ("query", _plain((16, 28, 28), (7, 7, 7))): Tiles((4, 2, 2), (1, 8, 4), 1, 2, True),
-    ("query", _plain((16, 14, 14), (7, 7, 7))): Tiles((4, 2, 2), (1, 8, 4), 1, 2, True),
-    ("key_value", _plain((16, 14, 14), (7, 7, 7))): Tiles((16, 2, 2), (16, 1, 1), 1, 2, False),
+    ("key_value", _plain((16, 28, 28), (7, 7, 7))): Tiles((4, 2, 4), (4, 4, 2), 1, 2, False),
 }
 
 
@@ -215,16 +202,15 @@ def ranked_tiles(kernel: str, workload: Workload) -> list[tuple[float, Tiles]]:
     fitting = [c for c in candidates if shared_bytes(kernel, c, workload) <= workload.shared_memory]
     over_keys = kernel != "key_value"
     ranked = sorted(
-        (executed_scores(three, s, m, over_keys) / candidate.rate, -m[2], -s[2], s, m, candidate)
+        (executed_scores(three, s, m, over_keys) / candidate.rate, -m[2], -s[2], s, -m[0], m, candidate)
         for candidate in fitting or candidates[-1:]
         for s in extents(candidate.stationary, three)
         for m in extents(candidate.moving, three)
-        if m[0] == 1 or not candidate.by_row
     )
     choices = []
-    for cost, _, _, stationary, moving, c in ranked:
+    for cost, _, _, stationary, _, moving, c in ranked:
         query, key = (stationary, moving) if over_keys else (moving, stationary)
-        choices.append((cost, Tiles(query, key, c.num_warps, c.num_stages, c.bulk, c.by_row, c.max_registers)))
+        choices.append((cost, Tiles(query, key, c.num_warps, c.num_stages, c.bulk, c.max_registers)))
     return choices
 
 
