@@ -291,7 +291,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("models", nargs="*", type=known, help=f"(default: {' '.join(MODELS)})")
     parser.add_argument("--streams", nargs="*", type=known, default=STREAMS, help="(default: %(default)s)")
-    parser.add_argument("--frames", nargs="+", type=int, default=[16, 32], help="of a clip (default: %(default)s)")
+    parser.add_argument("--frames", nargs="*", type=int, default=[16, 32], help="of a clip (default: %(default)s)")
     parser.add_argument("--modes", nargs="+", choices=MODES, default=MODES, help="(default: all)")
     parser.add_argument("--batch-size", type=int, default=8, help="clips (default: %(default)s)")
     parser.add_argument("--image-size", type=int, default=224, help="pixels a side (default: %(default)s)")

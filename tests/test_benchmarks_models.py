@@ -1,6 +1,7 @@
 """`benchmarks/models.py`: what it checks, and the command on a CPU."""
 
 import csv
+import fcntl
 import subprocess
 import sys
 from pathlib import Path
@@ -16,6 +17,7 @@ BENCHMARKS = Path(__file__).parent.parent / "benchmarks"
 sys.path.insert(0, str(BENCHMARKS))
 import models as benchmark  # noqa: E402
 from models import MODELS, Subject, measure, rows_of  # noqa: E402
+from turns import turn  # noqa: E402
 
 CPU = torch.device("cpu")
 
@@ -118,3 +120,22 @@ def test_command(tmp_path: Path) -> None:
     for row in rows[:2]:
         assert row["status"] == "ok" and float(row["images_per_s"]) > 0 and row["image_size"] == "32"
         assert row["dtype"] == "bfloat16" and float(row["parameters_m"]) == pytest.approx(0.272, abs=0.001)
+
+
+def test_turns(tmp_path: Path) -> None:
+    """Processes share a turn to prepare; nobody else has one while a process measures."""
+    file = tmp_path / "turns"
+
+    def is_free(alone: bool) -> bool:
+        with file.open("a") as other:
+            try:
+                fcntl.flock(other, fcntl.LOCK_NB | (fcntl.LOCK_EX if alone else fcntl.LOCK_SH))
+            except BlockingIOError:
+                return False
+        return True
+
+    with turn(file, alone=False):
+        assert is_free(alone=False) and not is_free(alone=True)
+    with turn(file, alone=True):
+        assert not is_free(alone=False) and not is_free(alone=True)
+    assert is_free(alone=True)

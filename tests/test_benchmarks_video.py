@@ -73,7 +73,7 @@ def test_script(tmp_path: Path) -> None:
 
 def test_streams() -> None:
     config = dict(embed_dim=8, depths=(1, 1), num_heads=(1, 1), kernel_size=3, num_classes=4)
-    options = Namespace(image_size=32, window=4, repeats=1)
+    options = Namespace(image_size=32, window=4, repeats=1, turns=None)
     with patch("video_models.build", lambda *arguments: timm.create_model("nat_stream_tiny", **config)):
         rows = stream_rows("nat_stream_tiny", options, torch.device("cpu"))
     assert [row["way"] for row in rows] == ["step, new map", "step, no map", "step, mean", "window"]
