@@ -317,6 +317,31 @@ def test_kernels_follow_the_window_rule(rule, is_causal: bool) -> None:
 
 
 @triton.jit
+def quotients_kernel(numbers, divisors, results):
+    place = tl.program_id(0) * 1024 + tl.arange(0, 1024)
+    tl.store(results + place, neighborhood.divided(tl.load(numbers + place), tl.load(divisors + place)))
+
+
+def test_divisions_by_multiplication() -> None:
+    """Exact for all numbers and divisors that can be, the hardest at powers of two and at multiples of the divisor."""
+    draw = random.Random(0)
+    powers = [1 << i for i in range(31)]
+    divisors = [n for power in powers for n in (power - 1, power, power + 1) if n > 0] + [2**31 - 1, 56, 98, 25088]
+    pairs = [
+        (min(max(number, 0), 2**31 - 1), n)
+        for n in divisors
+        for multiple in (0, n, draw.randrange(2**31) // n * n, (2**31 - 1) // n * n, 2**31 - 1)
+        for number in (multiple - 1, multiple, multiple + 1)
+    ]
+    pairs += [(0, 1)] * (-len(pairs) % 1024)
+    numbers = torch.tensor([number for number, _ in pairs], dtype=torch.int32)
+    packed = torch.tensor([launch.divisor(n) for _, n in pairs])
+    results = torch.empty_like(numbers)
+    quotients_kernel[(len(pairs) // 1024,)](numbers, packed, results)
+    assert results.tolist() == [number // n for number, n in pairs]
+
+
+@triton.jit
 def parts_kernel(numbers, steps, results, total: tl.constexpr, TILE: tl.constexpr):
     first = tl.load(numbers), tl.load(numbers + 1), tl.load(numbers + 2)
     first_end = tl.load(numbers + 3), tl.load(numbers + 4), tl.load(numbers + 5)

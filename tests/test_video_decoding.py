@@ -68,7 +68,7 @@ def middles(indices, rate) -> list[float]:
 @pytest.mark.parametrize(("codec", "extension"), FORMATS)
 def test_every_frame_of_every_format(tmp_path, decoder, codec, extension):
     path = write_video(tmp_path / f"video.{extension}", codec=codec)
-    if decoder == "torchcodec" and (codec, extension) in TORCHCODEC_CANNOT:
+    if decoder != "pyav" and (codec, extension) in TORCHCODEC_CANNOT:
         with pytest.raises(VideoError, match="data.decoder=pyav reads them"):
             open_video(path, decoder)
         return
@@ -143,6 +143,10 @@ def test_first_timestamp_need_not_be_zero(tmp_path, decoder):
 @pytest.mark.parametrize("keyframe_every", [1, 250])
 def test_keyframes_everywhere_or_once(tmp_path, decoder, keyframe_every):
     video = open_video(write_video(tmp_path / "video.mp4", keyframe_every=keyframe_every), decoder)
+    if decoder == "torchcodec-cuda" and keyframe_every == 1:  # an error of torchcodec 0.17 on the GPU: no frame, or all
+        with pytest.raises(VideoError, match="data.decoder=pyav"):
+            video.frames_at(middles([50, 3, 20], 30))
+        return
     assert numbers_in(video.frames_at(middles([50, 3, 20], 30))) == [50, 3, 20]
 
 

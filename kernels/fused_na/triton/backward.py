@@ -16,6 +16,7 @@ from fused_na.triton.neighborhood import (
     bias_position,
     clamped,
     dilated,
+    divided,
     inverse_windows,
     is_unshifted,
     load_bias,
@@ -57,6 +58,7 @@ def query_kernel(
     length_h,
     length_w,
     dilations,
+    divisors,  # by `launch.divisor`: of the tiles and the dilation of each axis, and of the heads
     heads,
     additional,
     query_strides,  # batch, t, h, w, heads; head_dim is contiguous
@@ -75,6 +77,7 @@ def query_kernel(
     HEAD_DIM_V: tl.constexpr,
     BLOCK_D: tl.constexpr,
     BLOCK_DV: tl.constexpr,
+    DILATED: tl.constexpr,
     WIDE: tl.constexpr,
     INTERIOR: tl.constexpr,
     TMA: tl.constexpr,
@@ -86,11 +89,11 @@ def query_kernel(
     KEYS: tl.constexpr = KEY_TILE[0] * KEY_TILE[1] * KEY_TILE[2]
     lengths = (length_t, length_h, length_w)
 
-    rest, group, members, begin = locate(tl.program_id(0), lengths, dilations, QUERY_TILE)
+    rest, group, members, begin = locate(tl.program_id(0), lengths, dilations, divisors, QUERY_TILE, DILATED)
     if (begin[0] >= members[0]) | (begin[1] >= members[1]) | (begin[2] >= members[2]):
         return
-    head = rest % heads
-    batch = (rest // heads).to(tl.int64)
+    sample = divided(rest, divisors[6])
+    head, batch = rest - sample * heads, sample.to(tl.int64)
     head_kv = head // HEADS_PER_KV
 
     inner = unravel(tl.arange(0, QUERIES), QUERY_TILE)
@@ -190,6 +193,7 @@ def key_value_kernel(
     length_h,
     length_w,
     dilations,
+    divisors,  # by `launch.divisor`: of the tiles and the dilation of each axis, and of the heads
     heads,
     query_strides,  # batch, t, h, w, heads; head_dim is contiguous
     key_strides,
@@ -205,6 +209,7 @@ def key_value_kernel(
     HEAD_DIM_V: tl.constexpr,
     BLOCK_D: tl.constexpr,
     BLOCK_DV: tl.constexpr,
+    DILATED: tl.constexpr,
     WIDE: tl.constexpr,
     INTERIOR: tl.constexpr,
     TMA: tl.constexpr,
@@ -216,12 +221,12 @@ def key_value_kernel(
     KEYS: tl.constexpr = KEY_TILE[0] * KEY_TILE[1] * KEY_TILE[2]
     lengths = (length_t, length_h, length_w)
 
-    rest, group, members, begin = locate(tl.program_id(0), lengths, dilations, KEY_TILE)
+    rest, group, members, begin = locate(tl.program_id(0), lengths, dilations, divisors, KEY_TILE, DILATED)
     if (begin[0] >= members[0]) | (begin[1] >= members[1]) | (begin[2] >= members[2]):
         return
     heads_kv = heads // HEADS_PER_KV
-    head_kv = rest % heads_kv
-    batch = (rest // heads_kv).to(tl.int64)
+    sample = divided(rest, divisors[6])
+    head_kv, batch = rest - sample * heads_kv, sample.to(tl.int64)
 
     inner = unravel(tl.arange(0, KEYS), KEY_TILE)
     member = clamped(begin, inner, members)
@@ -315,6 +320,7 @@ def bias_kernel(
     length_h,
     length_w,
     dilations,
+    divisors,  # by `launch.divisor`: of the tiles and the dilation of each axis, and of the heads
     heads,
     batches,
     batch_splits,
@@ -336,6 +342,7 @@ def bias_kernel(
     HEAD_DIM_V: tl.constexpr,
     BLOCK_D: tl.constexpr,
     BLOCK_DV: tl.constexpr,
+    DILATED: tl.constexpr,
     WIDE: tl.constexpr,
     TMA: tl.constexpr,
     PRECISION: tl.constexpr,
@@ -367,7 +374,7 @@ def bias_kernel(
     initial = tl.full([QUERIES, KEYS], float("-inf"), tl.float32)
     was_unshifted = False
     for item in range(split * items_per_split, tl.minimum((split + 1) * items_per_split, items)):
-        _, group, members, begin = locate(item // batch_splits, lengths, dilations, QUERY_TILE)
+        _, group, members, begin = locate(item // batch_splits, lengths, dilations, divisors, QUERY_TILE, DILATED)
         first_batch = item % batch_splits * part
         first, _ = windows(begin, members, KERNEL, STRIDE, CAUSAL)
         last = clamped(begin, (QUERY_TILE[0] - 1, QUERY_TILE[1] - 1, QUERY_TILE[2] - 1), members)

@@ -9,6 +9,7 @@ from fused_na.triton.neighborhood import (
     bias_position,
     clamped,
     dilated,
+    divided,
     load_bias,
     load_rows,
     load_tile,
@@ -56,6 +57,7 @@ def forward_kernel(
     length_h,
     length_w,
     dilations,
+    divisors,  # by `launch.divisor`: of the tiles and the dilation of each axis, and of the heads
     heads,
     additional,
     query_strides,  # batch, t, h, w, heads; head_dim is contiguous
@@ -73,6 +75,7 @@ def forward_kernel(
     HEAD_DIM_V: tl.constexpr,
     BLOCK_D: tl.constexpr,
     BLOCK_DV: tl.constexpr,
+    DILATED: tl.constexpr,
     WIDE: tl.constexpr,
     INTERIOR: tl.constexpr,
     TMA: tl.constexpr,
@@ -84,11 +87,11 @@ def forward_kernel(
     KEYS: tl.constexpr = KEY_TILE[0] * KEY_TILE[1] * KEY_TILE[2]
     lengths = (length_t, length_h, length_w)
 
-    rest, group, members, begin = locate(tl.program_id(0), lengths, dilations, QUERY_TILE)
+    rest, group, members, begin = locate(tl.program_id(0), lengths, dilations, divisors, QUERY_TILE, DILATED)
     if (begin[0] >= members[0]) | (begin[1] >= members[1]) | (begin[2] >= members[2]):
         return
-    head = rest % heads
-    batch = (rest // heads).to(tl.int64)
+    sample = divided(rest, divisors[6])
+    head, batch = rest - sample * heads, sample.to(tl.int64)
     head_kv = head // HEADS_PER_KV
 
     inner = unravel(tl.arange(0, QUERIES), QUERY_TILE)

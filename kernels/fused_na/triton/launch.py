@@ -6,6 +6,7 @@ eager calls cost little time on the host.
 
 from collections.abc import Callable
 from copy import copy
+from fractions import Fraction
 from functools import cache, lru_cache
 from math import ceil, prod
 from typing import Any, NamedTuple
@@ -28,7 +29,7 @@ from fused_na.triton.tiles import (
     block_width,
     choose_tiles,
 )
-from fused_na.window import Axis
+from fused_na.window import Axis, group_members
 
 PARTIAL_BYTES = 64 << 20  # memory that the partial sums of the bias gradient may take
 
@@ -219,6 +220,7 @@ class Geometry:
             "HEAD_DIM_V": self.head_dim_v,
             "BLOCK_D": block_width(self.head_dim),
             "BLOCK_DV": block_width(self.head_dim_v),
+            "DILATED": self.groups > 1,
             "WIDE": max(*reach, contiguous) >= 2**31,
             "PRECISION": "tf32" if query.dtype == torch.float32 and problem.allow_tf32 else "ieee",
         }
@@ -228,11 +230,25 @@ class Geometry:
             self.arguments[f"{name}_strides"] = (0, 0, 0) if layout is None else layout.strides[:3]
         self.arguments["additional"] = 0 if problem.additional_keys is None else problem.additional_keys.shape[1]
 
-    def launch(self, kernel: Any, programs: int, tiles: Tiles, loaded: dict[str, Extent], **more: Any) -> Launch:
-        """A launch of a kernel that loads tiles of the given extents of the tensors of these names: through the bulk
-        copy engine where that was chosen and the machine and the layouts allow it. `more` are arguments of its own.
+    def launch(
+        self, kernel: Any, tiles: Tiles, own: Extent, heads: int, loaded: dict[str, Extent], **more: Any
+    ) -> Launch:
+        """A launch of a kernel.
+
+        Args:
+            kernel: the kernel.
+            tiles: how it runs.
+            own: extents of a program's own tile.
+            heads: that have programs of their own.
+            loaded: by tensor, extents of the tiles loaded in the loop: through the bulk copy engine where that was
+                chosen and the machine and the layouts allow it.
+            more: arguments of its own. `programs` is how many run; by default one for each tile, head and sample.
         """
+        counts = self.tiles_per_axis(own)
+        dilations = (axis.dilation for axis in as_three_axes(self.problem.axes))
         arguments = self.arguments | {
+            "programs": self.groups * prod(counts) * heads * self.batch,
+            "divisors": tuple(map(divisor, (*counts, *dilations, heads))),
             "QUERY_TILE": tiles.query,
             "KEY_TILE": tiles.key,
             "STAGES": tiles.num_stages,
@@ -253,7 +269,7 @@ class Geometry:
                 # Axes of length 1 need a legal stride all the same.
                 strides = [batch, t or w, h or w, w, 1]
                 bulk[name] = ([self.batch, *lengths, heads * width], strides, [1, *loaded[name], width])
-        return Launch(kernel, programs, arguments, bulk)
+        return Launch(kernel, arguments.pop("programs"), arguments, bulk)
 
     def can_copy_in_bulk(self, layout: Layout) -> bool:
         """Whether tiles of a tensor can be loaded by Hopper's bulk copy engine: heads side by side, 16-byte steps."""
@@ -275,12 +291,18 @@ class Geometry:
             for query, key, axis in zip(tiles.query, tiles.key, as_three_axes(self.problem.axes), strict=True)
         )
 
-    def count(self, extent: Extent) -> int:
-        """Tiles of all dilation groups of one sample and head."""
-        return self.groups * prod(
-            ceil(ceil(axis.length / axis.dilation) / size)
-            for axis, size in zip(as_three_axes(self.problem.axes), extent, strict=True)
-        )
+    def tiles_per_axis(self, extent: Extent) -> list[int]:
+        """Tiles of the largest dilation group along each axis."""
+        axes = as_three_axes(self.problem.axes)
+        return [ceil(group_members(axis, 0) / size) for axis, size in zip(axes, extent, strict=True)]
+
+
+def divisor(number: int) -> int:
+    """A division by a number from 1 to 2**31 - 1 as a multiplication, for `neighborhood.divided`: its multiplier, from
+    the eighth bit on, and a shift. It is odd, lest Triton compile anew for values that are divisible by 16.
+    """
+    shift = (number - 1).bit_length()
+    return ceil(Fraction(1 << 31 + shift, number)) << 8 | shift << 1 | 1
 
 
 def _has_bulk_copies(device: torch.device) -> bool:
@@ -294,19 +316,18 @@ def _shared_memory(device: torch.device) -> int:
 
 
 def _forward(geometry: Geometry, tiles: Tiles) -> Prepared:
-    programs = geometry.count(tiles.query) * geometry.heads * geometry.batch
-    return Prepared([geometry.launch(forward_kernel, programs, tiles, {"key": tiles.key, "value": tiles.key})])
+    loaded = {"key": tiles.key, "value": tiles.key}
+    return Prepared([geometry.launch(forward_kernel, tiles, tiles.query, geometry.heads, loaded)])
 
 
 def _query(geometry: Geometry, tiles: Tiles) -> Prepared:
-    programs = geometry.count(tiles.query) * geometry.heads * geometry.batch
-    return Prepared([geometry.launch(query_kernel, programs, tiles, {"key": tiles.key, "value": tiles.key})])
+    loaded = {"key": tiles.key, "value": tiles.key}
+    return Prepared([geometry.launch(query_kernel, tiles, tiles.query, geometry.heads, loaded)])
 
 
 def _key_value(geometry: Geometry, tiles: Tiles) -> Prepared:
-    programs = geometry.count(tiles.key) * geometry.heads_kv * geometry.batch
     loaded = {"query": tiles.query, "grad_output": tiles.query}
-    return Prepared([geometry.launch(key_value_kernel, programs, tiles, loaded)])
+    return Prepared([geometry.launch(key_value_kernel, tiles, tiles.key, geometry.heads_kv, loaded)])
 
 
 def _bias(geometry: Geometry, tiles: Tiles) -> Prepared:
@@ -316,7 +337,7 @@ def _bias(geometry: Geometry, tiles: Tiles) -> Prepared:
         ceil((query + axis.kernel_size - 1 + before) / key)
         for axis, query, key, before in zip(axes, tiles.query, tiles.key, lead, strict=True)
     )
-    positions = geometry.count(tiles.query)
+    positions = geometry.groups * prod(geometry.tiles_per_axis(tiles.query))
     block = prod(offsets) * geometry.heads * prod(tiles.query) * prod(tiles.key)
     # Enough programs to fill any GPU a few times over, within the memory that partial sums may take.
     wanted = min(ceil(8192 / (prod(offsets) * geometry.heads)), max(1, PARTIAL_BYTES // (4 * block)))
@@ -330,13 +351,14 @@ def _bias(geometry: Geometry, tiles: Tiles) -> Prepared:
         "batch_splits": batch_splits,
         "items": items,
         "items_per_split": items_per_split,
+        "programs": prod(offsets) * geometry.heads * splits,
     }
     loaded = {"query": tiles.query, "grad_output": tiles.query, "key": tiles.key, "value": tiles.key}
     fold = geometry.arguments | own | {"QUERY_TILE": tiles.query, "KEY_TILE": tiles.key, "splits": splits}
     rpb = geometry.problem.rpb
     assert rpb is not None
     launches = [
-        geometry.launch(bias_kernel, prod(offsets) * geometry.heads * splits, tiles, loaded, **own),
+        geometry.launch(bias_kernel, tiles, tiles.query, geometry.heads, loaded, **own),
         Launch(bias_fold_kernel, prod(rpb.shape), fold | {"num_warps": 1}),
     ]
     return Prepared(launches, {"partial": (splits, block)})

@@ -39,31 +39,49 @@ def inverse_window(index, members, KERNEL: tl.constexpr, STRIDE: tl.constexpr, C
 
 
 @triton.jit
-def locate(pid, lengths, dilations, TILE: tl.constexpr):
+def divided(number, divisor):
+    """`number // n` for `0 <= number < 2**31`, by what `launch.divisor` makes of `n`: 3 instructions instead of 30."""
+    multiplier, shift = (divisor >> 8).to(tl.uint32), ((divisor >> 1) & 31).to(tl.uint32)
+    return (tl.umulhi(tl.cast(number, tl.uint32) << 1, multiplier) >> shift).to(tl.int32)
+
+
+@triton.jit
+def members_of(group, length, dilation_divisor, DILATED: tl.constexpr):
+    """Members of a dilation group of an axis."""
+    if DILATED:
+        return divided(length - group - 1, dilation_divisor) + 1
+    return length - group
+
+
+@triton.jit
+def locate(pid, lengths, dilations, divisors, TILE: tl.constexpr, DILATED: tl.constexpr):
     """Splits a program id into a tile of a dilation group and what is left (heads and batch).
 
-    Returns `(rest, group, members, begin)`; the last three hold one value per axis, `begin` the tile's first member.
-    In the smaller groups of an axis that its dilation does not divide, a last tile may lie outside: `begin >= members`.
+    `divisors` are of the tiles and of the dilation of each axis. Returns `(rest, group, members, begin)`; the last
+    three hold one value per axis, `begin` the tile's first member. In the smaller groups of an axis that its dilation
+    does not divide, a last tile may lie outside: `begin >= members`.
     """
-    tiles_t = tl.cdiv(tl.cdiv(lengths[0], dilations[0]), TILE[0])
-    tiles_h = tl.cdiv(tl.cdiv(lengths[1], dilations[1]), TILE[1])
-    tiles_w = tl.cdiv(tl.cdiv(lengths[2], dilations[2]), TILE[2])
-    begin_w = pid % tiles_w * TILE[2]
-    pid = pid // tiles_w
-    begin_h = pid % tiles_h * TILE[1]
-    pid = pid // tiles_h
-    begin_t = pid % tiles_t * TILE[0]
-    pid = pid // tiles_t
-    group_w = pid % dilations[2]
-    pid = pid // dilations[2]
-    group_h = pid % dilations[1]
-    pid = pid // dilations[1]
-    group_t = pid % dilations[0]
-    rest = pid // dilations[0]
-    members_t = tl.cdiv(lengths[0] - group_t, dilations[0])
-    members_h = tl.cdiv(lengths[1] - group_h, dilations[1])
-    members_w = tl.cdiv(lengths[2] - group_w, dilations[2])
-    return rest, (group_t, group_h, group_w), (members_t, members_h, members_w), (begin_t, begin_h, begin_w)
+    tiles_t = tl.cdiv(members_of(0, lengths[0], divisors[3], DILATED), TILE[0])
+    tiles_h = tl.cdiv(members_of(0, lengths[1], divisors[4], DILATED), TILE[1])
+    tiles_w = tl.cdiv(members_of(0, lengths[2], divisors[5], DILATED), TILE[2])
+    rest = divided(pid, divisors[2])
+    begin_w = (pid - rest * tiles_w) * TILE[2]
+    pid, rest = rest, divided(rest, divisors[1])
+    begin_h = (pid - rest * tiles_h) * TILE[1]
+    pid, rest = rest, divided(rest, divisors[0])
+    begin_t = (pid - rest * tiles_t) * TILE[0]
+    group = (0, 0, 0)
+    if DILATED:
+        pid, rest = rest, divided(rest, divisors[5])
+        group_w = pid - rest * dilations[2]
+        pid, rest = rest, divided(rest, divisors[4])
+        group_h = pid - rest * dilations[1]
+        pid, rest = rest, divided(rest, divisors[3])
+        group = pid - rest * dilations[0], group_h, group_w
+    members_t = members_of(group[0], lengths[0], divisors[3], DILATED)
+    members_h = members_of(group[1], lengths[1], divisors[4], DILATED)
+    members_w = members_of(group[2], lengths[2], divisors[5], DILATED)
+    return rest, group, (members_t, members_h, members_w), (begin_t, begin_h, begin_w)
 
 
 @triton.jit

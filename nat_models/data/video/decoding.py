@@ -332,7 +332,8 @@ class TorchCodecVideo:
         try:
             return self._decoder.get_frames_played_at(seconds).data.cpu()
         except (RuntimeError, ValueError, IndexError) as error:
-            raise VideoError(f"cannot decode {self._path}: {_reason(error)}") from error
+            reason = f"{_reason(error).rstrip('.')}; data.decoder=pyav may read it"
+            raise VideoError(f"cannot decode {self._path}: {reason}") from error
 
 
 class FrameFolder:
