@@ -191,7 +191,7 @@ def test_loads_and_bulk_copies(axes: list[Axis], has_rpb: bool, bulk: bool, monk
     query = [(1, 1, 16), (4, 1, 4), (2, 2, 4)][len(axes) - 1]
     key = [(1, 1, 16), (4, 1, 4), (1, 4, 4)][len(axes) - 1]
     monkeypatch.setattr(launch, "choose_tiles", lambda *problem: Tiles(query, key, 1, 1, bulk))
-    monkeypatch.setattr(launch, "_has_bulk_copies", lambda device: True)
+    monkeypatch.setattr(launch, "_capability", lambda device: 9)
     described = []
     monkeypatch.setattr(launch, "TensorDescriptor", lambda *x: described.append(x) or TensorDescriptor(*x))
     problem = Problem(*zip(*axes, strict=True), 1, 1, 1, head_dim=16, head_dim_v=32, has_rpb=has_rpb, layout="packed")

@@ -197,6 +197,34 @@ def test_benchmark_workloads(name: str, has_rpb: bool, monkeypatch: pytest.Monke
     assert max(found.values()) < 1e-2, found
 
 
+_FEW = dict(batch=2, heads=2, heads_kv=2, head_dim=128, head_dim_v=128)
+WIDE = {  # what the wide forward kernel takes: one to many tiles of keys, with and without tiles inside all windows
+    "one tile": Problem((64,), (32,), (1,), (1,), (False,), **_FEW),
+    "two tiles": Problem((300,), (140,), (1,), (1,), (False,), **_FEW),
+    "shared heads": Problem((1000,), (411,), (1,), (1,), (False,), **_FEW | dict(heads=6)),
+    "sequence, strided": Problem((1003,), (512,), (128,), (1,), (False,), **_FEW),
+    "sequence, causal": Problem((999,), (300,), (1,), (1,), (True,), **_FEW),
+    "full attention": Problem((777,), (777,), (1,), (1,), (False,), **_FEW),
+    "tiny map": Problem((5, 6), (3, 2), (1, 1), (1, 1), (False, False), **_FEW),
+    "map": Problem((45, 51), (24, 37), (1, 1), (1, 1), (False, False), **_FEW | dict(heads=3, heads_kv=1)),
+    "map, strided": Problem((48, 48), (32, 32), (16, 16), (1, 1), (False, False), **_FEW),
+    "map, odd stride": Problem((41, 50), (30, 33), (7, 5), (1, 1), (False, False), **_FEW),
+    "map, causal": Problem((40, 37), (29, 20), (3, 1), (1, 1), (True, False), **_FEW),
+    "clip": Problem((9, 14, 21), (5, 9, 15), (1, 1, 1), (1, 1, 1), (False,) * 3, **_FEW),
+    "clip, strided": Problem((10, 16, 16), (6, 8, 8), (4, 8, 8), (1, 1, 1), (False,) * 3, **_FEW),
+    "clip, causal": Problem((9, 13, 18), (6, 11, 16), (1, 1, 2), (1, 1, 1), (True, False, False), **_FEW),
+}
+
+
+@pytest.mark.parametrize("layout", ["packed", "heads first"])
+@pytest.mark.parametrize("problem", WIDE.values(), ids=WIDE.keys())
+def test_wide_windows(problem: Problem, layout: str) -> None:
+    """Through the wide kernel, and where heads do not lie side by side, without it."""
+    for dtype, tolerance in ((torch.bfloat16, 1e-2), (torch.float16, 2e-3)):
+        found = errors(problem, replace(problem, layout=layout).inputs(dtype, DEVICE))
+        assert max(found.values()) < tolerance, found
+
+
 @pytest.mark.parametrize("index", range(0, FAMILIES, 5))
 def test_repeats_are_bit_identical(index: int) -> None:
     problem = replace(family(index)[2], batch=8)

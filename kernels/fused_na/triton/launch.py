@@ -4,10 +4,10 @@ All that a launch needs, the tensors' addresses aside, follows from a `Problem`.
 eager calls cost little time on the host.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from copy import copy
 from fractions import Fraction
-from functools import cache, lru_cache
+from functools import cache, lru_cache, partial
 from math import ceil, prod
 from typing import Any, NamedTuple
 
@@ -15,11 +15,14 @@ import torch
 import triton
 from torch import Tensor
 from triton.compiler import CompiledKernel
+from triton.experimental.gluon import language as gl
+from triton.experimental.gluon.nvidia.hopper import TensorDescriptor as GluonTensorDescriptor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from fused_na.triton import autotune
 from fused_na.triton.backward import additional_kernel, bias_fold_kernel, bias_kernel, key_value_kernel, query_kernel
 from fused_na.triton.forward import forward_kernel
+from fused_na.triton.forward_wide import forward_wide_kernel
 from fused_na.triton.tiles import (
     HOPPER_SHARED_MEMORY,
     Extent,
@@ -27,6 +30,7 @@ from fused_na.triton.tiles import (
     Workload,
     as_three_axes,
     block_width,
+    can_lie_inside,
     choose_tiles,
 )
 from fused_na.window import Axis, group_members
@@ -92,10 +96,12 @@ class Launch:
         kernel: the kernel.
         programs: how many programs of it run.
         arguments: by name, all but the tensors, and Triton's options.
-        bulk: shape, strides and block of the tensors that it takes as descriptors for the bulk copy engine.
+        bulk: by name of the tensors that it takes as descriptors for the bulk copy engine, what describes one.
     """
 
-    def __init__(self, kernel: Any, programs: int, arguments: dict, bulk: dict[str, tuple] | None = None) -> None:
+    def __init__(
+        self, kernel: Any, programs: int, arguments: dict, bulk: Mapping[str, Callable[[Any], Any]] | None = None
+    ) -> None:
         self.kernel, self.grid = kernel, (programs, 1, 1)
         known = {*kernel.arg_names, "num_warps", "num_stages", "maxnreg"}
         self.arguments = {name: x for name, x in arguments.items() if name in known}
@@ -118,7 +124,7 @@ class Launch:
     def _compile(self, tensors: Tensors) -> None:
         """Runs by way of Triton's compiler and its caches, and keeps what it gives."""
         arguments = self.arguments | {name: tensors[name] for name in self.tensors}
-        descriptors = {name: TensorDescriptor(tensors[name], *layout) for name, layout in self.bulk.items()}
+        descriptors = {name: describe(tensors[name]) for name, describe in self.bulk.items()}
         compiled = self.kernel[self.grid](**(arguments | descriptors))
         if not isinstance(compiled, CompiledKernel):  # Triton's interpreter has none
             return
@@ -183,6 +189,7 @@ class Geometry:
 
     Attributes:
         workload: what tiles are chosen for.
+        output: how the output of the forward pass lies in memory.
         arguments: of all kernels, by name.
     """
 
@@ -193,10 +200,23 @@ class Geometry:
         self.batch, self.heads, self.heads_kv = query.shape[0], query.shape[-2], key.shape[-2]
         self.head_dim, self.head_dim_v, itemsize = query.shape[-1], value.shape[-1], query.dtype.itemsize
         has_rpb, shared_memory = problem.rpb is not None, _shared_memory(problem.device)
-        self.workload = Workload(problem.axes, self.head_dim, self.head_dim_v, itemsize, has_rpb, shared_memory)
         self.groups = t.dilation * h.dilation * w.dilation
         read = {"query": query, "key": key, "value": value, "grad_output": problem.grad_output}
         layouts = {name: layout for name, layout in read.items() if layout is not None}
+        output = torch.empty((*query.shape[:-1], self.head_dim_v), dtype=query.dtype, device="meta")
+        self.output = Layout(output.shape, output.stride(), output.dtype, is_aligned=True)
+        is_wide = (
+            _capability(problem.device) == 9
+            and itemsize == 2
+            and self.head_dim == self.head_dim_v == 128
+            and self.groups == 1
+            and not has_rpb
+            and problem.additional_keys is None
+            and all(map(self.can_copy_in_bulk, (query, key, value)))
+        )
+        self.workload = Workload(
+            problem.axes, self.head_dim, self.head_dim_v, itemsize, has_rpb, shared_memory, is_wide
+        )
         # A tensor's last element decides whether 32-bit offsets reach within a sample; outputs are contiguous in the
         # tokens.
         reach = [
@@ -240,8 +260,8 @@ class Geometry:
             tiles: how it runs.
             own: extents of a program's own tile.
             heads: that have programs of their own.
-            loaded: by tensor, extents of the tiles loaded in the loop: through the bulk copy engine where that was
-                chosen and the machine and the layouts allow it.
+            loaded: by tensor, extents of the tiles that are copied: through the bulk copy engine where that was chosen
+                and the machine and the layouts allow it.
             more: arguments of its own. `programs` is how many run; by default one for each tile, head and sample.
         """
         counts = self.tiles_per_axis(own)
@@ -258,24 +278,19 @@ class Geometry:
             "maxnreg": tiles.max_registers,
             **more,
         }
-        layouts = {name: getattr(self.problem, name) for name in loaded}
+        layouts = {name: getattr(self.problem, name) or self.output for name in loaded}
         arguments["TMA"] = tiles.bulk and self.groups == 1 and all(map(self.can_copy_in_bulk, layouts.values()))
         bulk = {}
         if arguments["TMA"]:
-            lengths = [arguments[f"length_{axis}"] for axis in "thw"]
-            for name, layout in layouts.items():
-                batch, t, h, w, _ = layout.spatial_strides
-                heads, width = layout.shape[-2:]
-                # Axes of length 1 need a legal stride all the same.
-                strides = [batch, t or w, h or w, w, 1]
-                bulk[name] = ([self.batch, *lengths, heads * width], strides, [1, *loaded[name], width])
+            describe = _describe_for_gluon if tiles.is_wide else _describe
+            bulk = {name: partial(describe, layout, loaded[name]) for name, layout in layouts.items()}
         return Launch(kernel, arguments.pop("programs"), arguments, bulk)
 
     def can_copy_in_bulk(self, layout: Layout) -> bool:
         """Whether tiles of a tensor can be loaded by Hopper's bulk copy engine: heads side by side, 16-byte steps."""
         *strides, heads = layout.spatial_strides
         return (
-            _has_bulk_copies(self.problem.device)
+            _capability(self.problem.device) >= 9
             and layout.shape[-1] in (16, 32, 64, 128, 256)
             and heads == layout.shape[-1]
             and layout.is_aligned
@@ -286,15 +301,33 @@ class Geometry:
 
     def has_interior(self, tiles: Tiles) -> bool:
         """Whether a pair of tiles can lie wholly inside the neighborhood, where nothing is to be masked or added."""
-        return self.problem.rpb is None and all(
-            query + key - axis.stride <= axis.kernel_size
-            for query, key, axis in zip(tiles.query, tiles.key, as_three_axes(self.problem.axes), strict=True)
-        )
+        axes = as_three_axes(self.problem.axes)
+        return self.problem.rpb is None and can_lie_inside(axes, tiles.query, tiles.key)
 
     def tiles_per_axis(self, extent: Extent) -> list[int]:
         """Tiles of the largest dilation group along each axis."""
         axes = as_three_axes(self.problem.axes)
         return [ceil(group_members(axis, 0) / size) for axis, size in zip(axes, extent, strict=True)]
+
+
+def _described(layout: Layout, extent: Extent) -> tuple[list[int], list[int], list[int]]:
+    """Shape, strides and block of tiles of one head, of a tensor seen as `[B, t, h, w, heads * head_dim]`."""
+    batch, *spatial, heads, width = layout.shape
+    t, h, w = {1: [1, 1, *spatial], 2: [spatial[0], 1, spatial[-1]], 3: spatial}[len(spatial)]
+    stride, stride_t, stride_h, stride_w, _ = layout.spatial_strides
+    # Axes of length 1 need a legal stride all the same.
+    strides = [stride, stride_t or stride_w, stride_h or stride_w, stride_w, 1]
+    return [batch, t, h, w, heads * width], strides, [1, *extent, width]
+
+
+def _describe(layout: Layout, extent: Extent, x: Tensor) -> TensorDescriptor:
+    return TensorDescriptor(x, *_described(layout, extent))
+
+
+def _describe_for_gluon(layout: Layout, extent: Extent, x: Tensor) -> GluonTensorDescriptor:
+    shape, strides, block = _described(layout, extent)
+    element = gl.bfloat16 if layout.dtype == torch.bfloat16 else gl.float16
+    return GluonTensorDescriptor(x, shape, strides, block, gl.NVMMASharedLayout.get_default_for(block, element))
 
 
 def divisor(number: int) -> int:
@@ -305,8 +338,9 @@ def divisor(number: int) -> int:
     return ceil(Fraction(1 << 31 + shift, number)) << 8 | shift << 1 | 1
 
 
-def _has_bulk_copies(device: torch.device) -> bool:
-    return device.type == "cuda" and torch.cuda.get_device_capability(device)[0] >= 9
+def _capability(device: torch.device) -> int:
+    """The major number of a GPU's compute capability: bulk copies come with 9, which Hopper has; 0 of a CPU."""
+    return torch.cuda.get_device_capability(device)[0] if device.type == "cuda" else 0
 
 
 def _shared_memory(device: torch.device) -> int:
@@ -317,6 +351,10 @@ def _shared_memory(device: torch.device) -> int:
 
 def _forward(geometry: Geometry, tiles: Tiles) -> Prepared:
     loaded = {"key": tiles.key, "value": tiles.key}
+    if tiles.is_wide:
+        loaded |= {"query": tiles.box, "output": tiles.box}
+        wide = geometry.launch(forward_wide_kernel, tiles, tiles.query, geometry.heads, loaded, BOX=tiles.box)
+        return Prepared([wide])
     return Prepared([geometry.launch(forward_kernel, tiles, tiles.query, geometry.heads, loaded)])
 
 

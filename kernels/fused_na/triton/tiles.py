@@ -20,6 +20,7 @@ class Workload(NamedTuple):
     itemsize: int  # bytes of an element, 2 or 4
     has_rpb: bool = False
     shared_memory: int = HOPPER_SHARED_MEMORY
+    is_wide: bool = False  # whether forward can take the kernel in `forward_wide.py`
 
 
 class Tiles(NamedTuple):
@@ -31,6 +32,14 @@ class Tiles(NamedTuple):
     num_stages: int
     bulk: bool = False  # load through the bulk copy engine where the machine and the layout allow it
     max_registers: int | None = None  # of a thread; fewer let more programs run at once, None leaves it to the compiler
+    is_wide: bool = False  # whether forward takes the kernel in `forward_wide.py`
+
+    @property
+    def box(self) -> Extent:
+        """Half of the query tile, as the wide kernel's warpgroups divide it: along the first axis that it can."""
+        axis = next(i for i, size in enumerate(self.query) if size > 1)
+        t, h, w = (size // 2 if i == axis else size for i, size in enumerate(self.query))
+        return t, h, w
 
 
 class Candidate(NamedTuple):
@@ -43,6 +52,7 @@ class Candidate(NamedTuple):
     bulk: bool
     rate: float  # executed TFLOP/s of the score products on one H100
     max_registers: int | None = None
+    is_wide: bool = False
 
 
 # By kernel and regime, measured on an H100 and used everywhere. Rates only matter against each other.
@@ -69,11 +79,16 @@ CANDIDATES = {
     # Everything else in 16 bits: warpgroup products, bound by the pipeline of softmax and products. The slowest
     # candidates are for GPUs with less shared memory, and for biases.
     ("forward", "wide"): [
+        Candidate(128, 128, 4, 3, True, 630, 168, is_wide=True),
         Candidate(128, 128, 8, 3, True, 510),
         Candidate(64, 64, 4, 3, True, 485),
         Candidate(64, 64, 4, 2, True, 380),
     ],
-    ("forward", "sequence"): [Candidate(64, 64, 4, 3, True, 400), Candidate(64, 64, 4, 2, True, 390)],
+    ("forward", "sequence"): [
+        Candidate(128, 128, 4, 3, True, 630, 168, is_wide=True),
+        Candidate(64, 64, 4, 3, True, 480),
+        Candidate(64, 64, 4, 2, True, 390),
+    ],
     ("query", "sequence"): [Candidate(64, 64, 4, 2, True, 300), Candidate(64, 32, 4, 2, True, 200)],
     ("key_value", "sequence"): [Candidate(64, 64, 4, 2, True, 160), Candidate(64, 32, 4, 2, True, 110)],
     ("bias", "sequence"): [Candidate(64, 64, 4, 1, False, 100)],
@@ -177,6 +192,20 @@ def executed_scores(axes: tuple[Axis, Axis, Axis], stationary: Extent, moving: E
     return steps * prod(stationary) * prod(moving)
 
 
+def can_lie_inside(axes: tuple[Axis, Axis, Axis], query: Extent, key: Extent) -> bool:
+    """Whether a tile of keys can lie in all windows of a tile of queries."""
+    return all(q + k - axis.stride <= axis.kernel_size for q, k, axis in zip(query, key, axes, strict=True))
+
+
+def estimated_time(
+    axes: tuple[Axis, Axis, Axis], stationary: Extent, moving: Extent, over_keys: bool, candidate: Candidate
+) -> float:
+    """How long a kernel takes, in no particular unit."""
+    time = executed_scores(axes, stationary, moving, over_keys) / candidate.rate
+    # The wide kernel gains most from tiles without masks.
+    return time if not candidate.is_wide or can_lie_inside(axes, stationary, moving) else 1.05 * time
+
+
 def block_width(head_dim: int) -> int:
     """Columns that a kernel holds for a head."""
     return max(16, 1 << (head_dim - 1).bit_length())
@@ -192,17 +221,21 @@ def shared_bytes(kernel: str, candidate: Candidate, workload: Workload) -> int:
 
 
 def ranked_tiles(kernel: str, workload: Workload) -> list[tuple[float, Tiles]]:
-    """All choices for one kernel ("forward", "query", "key_value" or "bias") of a workload with their estimated times
-    (in no particular unit), best first.
+    """All choices for one kernel ("forward", "query", "key_value" or "bias") of a workload with their estimated times,
+    best first.
     """
     three = as_three_axes(workload.axes)
     which = regime(workload)
     biased = CANDIDATES.get((kernel, f"{which} with bias")) if workload.has_rpb else None
     candidates = biased or CANDIDATES.get((kernel, which)) or CANDIDATES[kernel, "small"]
-    fitting = [c for c in candidates if shared_bytes(kernel, c, workload) <= workload.shared_memory]
+    fitting = [
+        c
+        for c in candidates
+        if shared_bytes(kernel, c, workload) <= workload.shared_memory and (workload.is_wide or not c.is_wide)
+    ]
     over_keys = kernel != "key_value"
     ranked = sorted(
-        (executed_scores(three, s, m, over_keys) / candidate.rate, -m[2], -s[2], s, -m[0], m, candidate)
+        (estimated_time(three, s, m, over_keys, candidate), -m[2], -s[2], s, -m[0], m, candidate)
         for candidate in fitting or candidates[-1:]
         for s in extents(candidate.stationary, three)
         for m in extents(candidate.moving, three)
@@ -210,7 +243,7 @@ def ranked_tiles(kernel: str, workload: Workload) -> list[tuple[float, Tiles]]:
     choices = []
     for cost, _, _, stationary, _, moving, c in ranked:
         query, key = (stationary, moving) if over_keys else (moving, stationary)
-        choices.append((cost, Tiles(query, key, c.num_warps, c.num_stages, c.bulk, c.max_registers)))
+        choices.append((cost, Tiles(query, key, c.num_warps, c.num_stages, c.bulk, c.max_registers, c.is_wide)))
     return choices
 
 

@@ -1,0 +1,90 @@
+"""The kernels compile for a Hopper GPU, which takes none: what the interpreter cannot tell."""
+
+import subprocess
+import tempfile
+from pathlib import Path
+
+import pytest
+import torch
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.compiler import CompiledKernel
+from triton.runtime import driver
+
+from fused_na.triton import launch
+from fused_na.triton.tiles import choose_tiles
+from fused_na.window import Axis
+
+CUOBJDUMP = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
+
+
+class HopperDriver:
+    """As much of Triton's driver as its compiler asks."""
+
+    def get_current_device(self) -> int:
+        return 0
+
+    def get_current_stream(self, device: int | None = None) -> int:
+        return 0
+
+    def get_current_target(self) -> GPUTarget:
+        return GPUTarget("cuda", 90, 32)
+
+
+@pytest.fixture
+def compiled(monkeypatch: pytest.MonkeyPatch) -> list[CompiledKernel]:
+    """Kernels in the order in which they are launched, of which none runs."""
+    kernels: list[CompiledKernel] = []
+
+    def compile_kernel(self: launch.Launch, tensors: launch.Tensors) -> None:
+        arguments = self.arguments | {name: tensors[name] for name in self.tensors}
+        arguments |= {name: describe(tensors[name]) for name, describe in self.bulk.items()}
+        kernels.append(self.kernel.warmup(grid=self.grid, **arguments))
+
+    monkeypatch.setattr(launch.Launch, "__call__", compile_kernel)
+    monkeypatch.setattr(launch, "_capability", lambda device: 9)
+    monkeypatch.setattr(driver, "_active", HopperDriver())
+    return kernels
+
+
+def stack_bytes(kernel: CompiledKernel) -> int:
+    """What a thread keeps in memory for lack of registers."""
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(kernel.asm["cubin"])
+        file.flush()
+        usage = subprocess.run([CUOBJDUMP, "-res-usage", file.name], capture_output=True, text=True, check=True).stdout
+    return int(usage.split("STACK:")[1].split()[0])
+
+
+@pytest.mark.parametrize(
+    ("axes", "head_dim", "is_wide"),
+    [
+        ((Axis(30, 18), Axis(48, 24), Axis(80, 24)), 128, True),
+        ((Axis(30, 9), Axis(48, 15), Axis(80, 15)), 64, False),
+        ((Axis(56, 7), Axis(56, 7)), 32, False),
+    ],
+    ids=["wide", "narrow", "small"],
+)
+def test_forward(compiled: list[CompiledKernel], axes: tuple[Axis, ...], head_dim: int, is_wide: bool) -> None:
+    """With the tiles of the benchmarks' problems nothing is spilled, and the wide kernel is what large windows get."""
+    packed = torch.empty(1, *(axis.length for axis in axes), 3, 2, head_dim, dtype=torch.bfloat16)
+    query, key, value = packed.unbind(-3)
+    launch.plan.cache_clear()
+    launch.forward(query, key, value, axes, head_dim**-0.5, None, None, None)
+    (kernel,) = compiled
+    assert stack_bytes(kernel) == 0
+    assert kernel.metadata.shared <= 232448
+    assert ("setmaxnreg" in kernel.asm["ptx"]) == is_wide
+    assert ("wgmma.mma_async" in kernel.asm["ptx"]) == (head_dim > 32)
+
+
+def test_only_hopper_has_the_wide_kernel(monkeypatch: pytest.MonkeyPatch) -> None:
+    axes = (Axis(64, 40), Axis(64, 40))
+    query = torch.empty(1, 64, 64, 3, 2, 128, dtype=torch.bfloat16).unbind(-3)[0]
+    tensors: launch.Tensors = dict(query=query, key=query, value=query, rpb=None)
+    tensors |= dict(additional_keys=None, additional_values=None)
+    for capability, is_wide in ((8, False), (9, True), (10, False), (12, False)):
+        monkeypatch.setattr(launch, "_capability", lambda device, capability=capability: capability)
+        workload = launch.Geometry(launch.problem_of(axes, 1.0, tensors)).workload
+        assert choose_tiles("forward", workload).is_wide == is_wide
+        assert not choose_tiles("query", workload).is_wide
