@@ -4,6 +4,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from fractions import Fraction
 from functools import cached_property
+from math import ceil
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -15,6 +16,7 @@ from PIL import Image, ImageDraw, ImageFont
 from nat_models.data.video.decoding import VideoError, check_decoder
 
 FONT = f"{get_data_path()}/fonts/ttf/DejaVuSans.ttf"  # with more letters than Pillow's own
+READABLE = 180  # pixels a side: a twentieth of it still makes a letter
 
 Prediction = Sequence[tuple[str, float]]
 """Classes with their probabilities, most likely first."""
@@ -95,8 +97,9 @@ def copy_paths(target: str | Path, sources: Sequence[str | Path]) -> list[Path]:
 class AnnotatedCopy:
     """An H.264 file, without sound, of the frames that are written to it, each at its own time.
 
-    Sides are those of the upright frames; an odd one gains a row or column, which repeats the last, since H.264 in the
-    common pixel format (4:2:0) has even sides. Use it as a context: an error removes the unfinished file.
+    Sides are those of the upright frames, small ones enlarged; an odd one gains a row or column, which repeats the
+    last, since H.264 in the common pixel format (4:2:0) has even sides. Use it as a context: an error removes the
+    unfinished file.
 
     Args:
         path: file to write, which ends in `.mp4`; its folder is created if missing.
@@ -149,16 +152,17 @@ class AnnotatedCopy:
 
 
 def draw_prediction(image: Image.Image, prediction: Prediction) -> Image.Image:
-    """The image with a line for each class on a dark box in its upper left corner; lines that do not fit are left out.
+    """The image with a line for each class on a dark box in its upper left corner, letters a twentieth of its height.
 
-    Letters are a twentieth of the image's height, and at least nine pixels high.
+    An image with a side of less than `READABLE` pixels is enlarged by a whole factor beforehand.
     """
-    size = max(image.height / 20, 9)
+    factor = ceil(READABLE / min(image.size))
+    image = image.resize((image.width * factor, image.height * factor), Image.Resampling.BICUBIC)
+    size = image.height / 20
     font = ImageFont.truetype(FONT, size)
     margin = round(size / 2)
     step = round(1.3 * size)
     lines = [f"{100 * probability:.1f} %  {name}" for name, probability in prediction]
-    lines = lines[: max((image.height - 2 * margin) // step, 1)]
     box = Image.new("RGBA", image.size)
     draw = ImageDraw.Draw(box)
     width = 2 * margin + max(draw.textlength(line, font) for line in lines)
