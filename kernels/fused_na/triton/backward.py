@@ -19,7 +19,7 @@ from fused_na.triton.neighborhood import (
     divided,
     inverse_windows,
     is_unshifted,
-    load_bias,
+    load_biases,
     load_row_pair,
     load_rows,
     load_tile,
@@ -130,8 +130,7 @@ def query_kernel(
     value_rows = offset(dilated(no_group, key_inner, dilations), value_strides[1:4], WIDE)
     if rpb is not None:
         rpb_base = rpb + head * ((2 * KERNEL[0] - 1) * (2 * KERNEL[1] - 1) * (2 * KERNEL[2] - 1)) + bias_center(KERNEL)
-        query_position = bias_position(member, KERNEL)
-        key_position = bias_position(key_inner, KERNEL)
+        rpb_rows = rpb_base - bias_position(member, KERNEL)
 
     grad_q = tl.zeros([QUERIES, BLOCK_D], tl.float32)
     inner_begin, inner_end = interior(first, first_end, last_start, KEY_TILE)
@@ -150,12 +149,9 @@ def query_kernel(
                 v = load_rows(v_base, value_rows, is_key, HEAD_DIM_V, BLOCK_DV)
             initial = tl.zeros([QUERIES, KEYS], tl.float32)
             if not INNER:
-                if rpb is None:
-                    initial = mask(start, end, key_begin, key_inner, QUERY_TILE, KEY_TILE)
-                else:
-                    attends = within(start, end, key_begin, key_inner, QUERY_TILE, KEY_TILE)
-                    position = (bias_position(key_begin, KERNEL) + key_position)[None, :] - query_position[:, None]
-                    initial = load_bias(rpb_base + position, attends, key_begin[0] < stop[0])
+                initial = mask(start, end, key_begin, key_inner, QUERY_TILE, KEY_TILE)
+                if rpb is not None:
+                    initial += load_biases(rpb_rows + bias_position(key_begin, KERNEL), key_inner, KERNEL, 1)
             scores = product(q, k.T, initial, PRECISION=PRECISION) * (scale * LOG2_E)
             probabilities = tl.exp2(scores - row_lse[:, None])
             grad_scores = probabilities * (product(grad_o, v.T, PRECISION=PRECISION) - row_delta[:, None])
@@ -251,7 +247,6 @@ def key_value_kernel(
     lse_rows = offset(query_token, row_strides, WIDE)
     tokens = length_w.to(tl.int64) * length_h * length_t
     key_position = bias_position(member, KERNEL)
-    query_position = bias_position(query_inner, KERNEL)
 
     grad_k = tl.zeros([KEYS, BLOCK_D], tl.float32)
     grad_v = tl.zeros([KEYS, BLOCK_DV], tl.float32)
@@ -280,15 +275,11 @@ def key_value_kernel(
 
                 initial = tl.zeros([KEYS, QUERIES], tl.float32)
                 if not INNER:
-                    if rpb is None:
-                        initial = mask(start, end, query_begin, query_inner, KEY_TILE, QUERY_TILE)
-                    else:
-                        attends = within(start, end, query_begin, query_inner, KEY_TILE, QUERY_TILE)
+                    initial = mask(start, end, query_begin, query_inner, KEY_TILE, QUERY_TILE)
+                    if rpb is not None:
                         rpb_base = rpb + head * ((2 * KERNEL[0] - 1) * (2 * KERNEL[1] - 1) * (2 * KERNEL[2] - 1))
-                        rpb_base += bias_center(KERNEL)
-                        tile_position = bias_position(query_begin, KERNEL) + query_position
-                        position = key_position[:, None] - tile_position[None, :]
-                        initial = load_bias(rpb_base + position, attends, query_begin[0] < stop[0])
+                        rpb_base += bias_center(KERNEL) - bias_position(query_begin, KERNEL)
+                        initial += load_biases(rpb_base + key_position, query_inner, KERNEL, -1)
                 scores = product(k, q.T, initial, PRECISION=PRECISION) * (scale * LOG2_E)
                 probabilities = tl.exp2(scores - row_lse[None, :])
                 grad_v = product(probabilities.to(grad_o.dtype), grad_o, grad_v, PRECISION=PRECISION)

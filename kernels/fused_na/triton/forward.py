@@ -10,7 +10,7 @@ from fused_na.triton.neighborhood import (
     clamped,
     dilated,
     divided,
-    load_bias,
+    load_biases,
     load_rows,
     load_tile,
     locate,
@@ -19,7 +19,6 @@ from fused_na.triton.neighborhood import (
     store_rows,
     unravel,
     windows,
-    within,
 )
 from fused_na.triton.products import product
 from fused_na.triton.walk import first_tile, interior, next_tile, part
@@ -116,8 +115,7 @@ def forward_kernel(
     value_rows = offset(dilated(no_group, key_inner, dilations), value_strides[1:4], WIDE)
     if rpb is not None:
         rpb_base = rpb + head * ((2 * KERNEL[0] - 1) * (2 * KERNEL[1] - 1) * (2 * KERNEL[2] - 1)) + bias_center(KERNEL)
-        query_position = bias_position(member, KERNEL)
-        key_position = bias_position(key_inner, KERNEL)
+        rpb_rows = rpb_base - bias_position(member, KERNEL)
 
     factor = scale * LOG2_E
     highest = tl.full([QUERIES], -1e30, tl.float32)
@@ -137,12 +135,9 @@ def forward_kernel(
                 k = load_rows(key_base + offset(key_token, key_strides[1:4], WIDE), key_rows, is_key, HEAD_DIM, BLOCK_D)
             initial = tl.zeros([QUERIES, KEYS], tl.float32)
             if not INNER:
-                if rpb is None:
-                    initial = mask(start, end, key_begin, key_inner, QUERY_TILE, KEY_TILE)
-                else:
-                    attends = within(start, end, key_begin, key_inner, QUERY_TILE, KEY_TILE)
-                    position = (bias_position(key_begin, KERNEL) + key_position)[None, :] - query_position[:, None]
-                    initial = load_bias(rpb_base + position, attends, key_begin[0] < stop[0])
+                initial = mask(start, end, key_begin, key_inner, QUERY_TILE, KEY_TILE)
+                if rpb is not None:
+                    initial += load_biases(rpb_rows + bias_position(key_begin, KERNEL), key_inner, KERNEL, 1)
             scores = product(q, k.T, initial, PRECISION=PRECISION)
             if TMA:
                 v = load_tile(value, batch, key_begin, head_kv, KEYS, HEAD_DIM_V)

@@ -14,6 +14,7 @@ from typing import Any, NamedTuple
 import torch
 import triton
 from torch import Tensor
+from torch.nn import functional as F
 from triton.compiler import CompiledKernel
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor as GluonTensorDescriptor
@@ -35,6 +36,7 @@ from fused_na.triton.tiles import (
 )
 from fused_na.window import Axis, group_members
 
+LARGEST_TILE = 128  # tokens of a tile along an axis
 PARTIAL_BYTES = 64 << 20  # memory that the partial sums of the bias gradient may take
 
 Tensors = dict[str, Tensor | None]  # by the names of the kernels' arguments
@@ -446,8 +448,18 @@ def _rows_contiguous(x: Tensor) -> Tensor:
 
 
 def unscaled(rpb: Tensor | None, scale: float) -> Tensor | None:
-    """A bias as the kernels take it: they add it to scores that are yet to be scaled."""
-    return None if rpb is None else (rpb.float() / scale).contiguous()
+    """A bias as the kernels take it: float32, of scores that are yet to be scaled, and with zeros around it in memory,
+    as far as kernels reach for pairs of tokens that do not attend to each other.
+    """
+    if rpb is None:
+        return None
+    row, margin = 1, 0
+    for size in reversed(rpb.shape[1:]):
+        margin += row * (size + 2 * LARGEST_TILE)
+        row *= size
+    margin += -margin % 4  # keeps the alignment
+    padded = F.pad((rpb.float() / scale).flatten(), (margin, margin))
+    return padded[margin : margin + rpb.numel()].view(rpb.shape)
 
 
 def forward(

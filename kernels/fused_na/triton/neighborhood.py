@@ -8,6 +8,8 @@ are in members of a dilation group, so that inside a kernel nothing is dilated b
 import triton
 import triton.language as tl
 
+INTERPRETED = tl.constexpr(triton.knobs.runtime.interpret)
+
 
 @triton.jit
 def window(index, members, KERNEL: tl.constexpr, STRIDE: tl.constexpr, CAUSAL: tl.constexpr):
@@ -215,15 +217,23 @@ def bias_center(KERNEL: tl.constexpr):
 
 
 @triton.jit
-def load_bias(pointers, attends, is_tile):
-    """Loads one bias a pair of tokens as float32, -inf where `attends` is false; `is_tile` is true of every real tile.
+def load_biases(rows, inner, KERNEL: tl.constexpr, SIGN: tl.constexpr):
+    """Loads one bias a pair of tokens, `[rows, columns]`, also for pairs that do not attend to each other: around the
+    biases is room (`launch.unscaled`).
 
-    The branch keeps the software pipeline off these loads: it would copy every single bias through shared memory.
+    `rows` point to each row's bias for the first column of the tile; columns lie `inner` from there and count with
+    `SIGN`, 1 for keys and -1 for queries. The loads are assembly since Triton would make another layout for them, and
+    a 64-bit address for each. In the scores' layout a thread's columns differ by multiples of 8 and by 1 from the first
+    of them, which is thus apart: added to a row's pointer it leaves constants, which the instruction holds.
     """
-    bias = tl.full(attends.shape, float("-inf"), tl.float32)
-    if is_tile:
-        bias = tl.load(pointers, mask=attends, other=float("-inf")).to(tl.float32)
-    return bias
+    t, h, w = inner
+    first = w & 6
+    pointers = rows[:, None] + (SIGN * first)[None, :] + (SIGN * bias_position((t, h, w - first), KERNEL))[None, :]
+    if INTERPRETED:
+        return tl.load(pointers)
+    return tl.inline_asm_elementwise(
+        "ld.global.nc.f32 $0, [$1];", "=f,l", [pointers.to(tl.int64)], dtype=tl.float32, is_pure=True, pack=1
+    )
 
 
 @triton.jit
