@@ -29,7 +29,6 @@ from fused_na.triton.neighborhood import (
     store_rows,
     unravel,
     windows,
-    within,
 )
 from fused_na.triton.products import product
 from fused_na.triton.walk import first_tile, interior, next_tile, part
@@ -397,9 +396,10 @@ def bias_kernel(
             unshifted = is_unshifted(begin, members, QUERY_TILE, KERNEL, STRIDE, CAUSAL)
             if not (unshifted & was_unshifted):  # else the last tile's mask and bias hold for this one too
                 start, end = windows(member, members, KERNEL, STRIDE, CAUSAL)
-                attends = within(start, end, key_begin, key_inner, QUERY_TILE, KEY_TILE) & is_query[:, None]
-                position = bias_position(key_member, KERNEL)[None, :] - bias_position(member, KERNEL)[:, None]
-                initial = tl.load(rpb_base + position, mask=attends, other=float("-inf")).to(tl.float32)
+                rows = rpb_base + (bias_position(key_begin, KERNEL) - bias_position(member, KERNEL))
+                initial = mask(start, end, key_begin, key_inner, QUERY_TILE, KEY_TILE)
+                initial += load_biases(rows, key_inner, KERNEL, 1)
+                initial = tl.where(is_query[:, None], initial, float("-inf"))
             was_unshifted = unshifted
             for sample in tl.range(0, tl.minimum(part, batches - first_batch), num_stages=STAGES):
                 batch = (first_batch + sample).to(tl.int64)

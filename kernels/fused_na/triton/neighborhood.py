@@ -146,33 +146,18 @@ def below(begin, inner, end):
 
 
 @triton.jit
-def inside_axis(row_start, row_end, column):
-    """Whether each column lies in each row's interval on one axis: `[rows, columns]`."""
-    # start <= x < end in one unsigned comparison.
-    width = (row_end - row_start).to(tl.uint32, bitcast=True)
-    return (column[None, :] - row_start[:, None]).to(tl.uint32, bitcast=True) < width[:, None]
-
-
-@triton.jit
-def within(row_start, row_end, begin, inner, ROW_TILE: tl.constexpr, COLUMN_TILE: tl.constexpr):
-    """Whether each column (member `begin + inner`) lies in each row's interval on every axis: `[rows, columns]`."""
-    inside = inside_axis(row_start[2], row_end[2], begin[2] + inner[2])
-    if ROW_TILE[1] * COLUMN_TILE[1] > 1:
-        inside &= inside_axis(row_start[1], row_end[1], begin[1] + inner[1])
-    if ROW_TILE[0] * COLUMN_TILE[0] > 1:
-        inside &= inside_axis(row_start[0], row_end[0], begin[0] + inner[0])
-    return inside
-
-
-@triton.jit
 def mask_on_axis(row_start, row_end, column):
     """As `mask`, on one axis."""
-    return tl.where(inside_axis(row_start, row_end, column), 0.0, float("-inf"))
+    # start <= x < end in one unsigned comparison.
+    width = (row_end - row_start).to(tl.uint32, bitcast=True)
+    inside = (column[None, :] - row_start[:, None]).to(tl.uint32, bitcast=True) < width[:, None]
+    return tl.where(inside, 0.0, float("-inf"))
 
 
 @triton.jit
 def mask(row_start, row_end, begin, inner, ROW_TILE: tl.constexpr, COLUMN_TILE: tl.constexpr):
-    """What to add to scores: 0 where `within` is true, -inf elsewhere.
+    """What to add to scores: 0 where a column (member `begin + inner`) lies in a row's interval on every axis, -inf
+    elsewhere: `[rows, columns]`.
 
     A sum over axes, since additions run at twice the rate of selections and few of an axis's masks differ.
     """
