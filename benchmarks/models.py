@@ -4,7 +4,7 @@
     python benchmarks/models.py --models nat_tiny swin_tiny_patch4_window7_224 --batch-size 256
 
 Compilation takes minutes a model. Processes with a model each, an output each and the same `--turns FILE` compile side
-by side and are timed one at a time.
+by side; while one is timed, the others stand still.
 
 A training step is forward, backward and AdamW (fused on a GPU). Models run under autocast in `--dtype` and in
 torch.compile, on random images of the size that their description in timm says, and without stochastic depth, so that
@@ -28,7 +28,7 @@ from record import ROOT, write_csv
 from timing import provenance
 from torch import Tensor, nn
 from torch.nn import functional as F
-from turns import turn
+from turns import alone, join
 
 import nat_models  # noqa: F401  registers the models with timm
 
@@ -115,8 +115,7 @@ class Subject:
 
 def measure(subject: Subject, steps: int, rounds: int, turns: Path | None = None) -> dict[str, Row]:
     """Images per second and peak memory by mode, if the compiled model is right; its errors in any case."""
-    with turn(turns, alone=False):
-        found = subject.errors()
+    found = subject.errors()
     result: Row = dict(found)
     wrong = [f"{name} {error:.1e}" for name, error in found.items() if not error <= TOLERANCE[subject.dtype]]
     if wrong:
@@ -128,7 +127,7 @@ def measure(subject: Subject, steps: int, rounds: int, turns: Path | None = None
         subject.backward(subject.compiled)
         optimizer.step()
 
-    with turn(turns, alone=True):
+    with alone(turns):
         results = {"train": result | rate(train, subject, steps, rounds)}
         optimizer.zero_grad(set_to_none=True)
         optimizer.state.clear()
@@ -162,10 +161,9 @@ def rows_of(name: str, options: argparse.Namespace) -> Iterable[Row]:
     row: Row = {"model": name, "batch_size": options.batch_size, "dtype": options.dtype}
     row["cuda_graphs"] = "yes" if options.cuda_graphs else "no"
     try:
-        with turn(options.turns, alone=False):
-            subject = Subject(
-                name, options.batch_size, options.image_size, dtype, device, options.backend, options.cuda_graphs
-            )
+        subject = Subject(
+            name, options.batch_size, options.image_size, dtype, device, options.backend, options.cuda_graphs
+        )
         row["image_size"] = subject.images.shape[-1]
         row["parameters_m"] = sum(parameter.numel() for parameter in subject.model.parameters()) / 1e6
         results = measure(subject, options.steps, options.rounds, options.turns)
@@ -193,12 +191,13 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--commit", help="recorded instead of what git says, for a copy without its history")
     parser.add_argument("--output", type=Path, metavar="FILE.csv", help="(default: results/models_DEVICE.csv)")
     parser.add_argument("--append", action="store_true", help="keep the rows that the output file has")
-    parser.add_argument("--turns", type=Path, metavar="FILE", help="lock that processes on the same GPU share")
+    parser.add_argument("--turns", type=Path, metavar="FILE", help="names the processes on the same GPU")
     return parser.parse_args()
 
 
 def main() -> None:
     options = parse_arguments()
+    join(options.turns)
     where = provenance(torch.device(options.device), options.commit)
     device_name = re.sub(r"\W+", "_", str(where["device"])).strip("_").lower()
     output = options.output or ROOT / "results" / f"models_{device_name}.csv"

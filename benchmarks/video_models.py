@@ -8,7 +8,7 @@ before anything is timed. Streaming models are timed frame by frame: their step,
 window of the last frames, which is what a model without a state has to compute.
 
 Compilation takes minutes a model. Processes with a model and a mode each, outputs each and the same `--turns FILE`
-compile side by side and are timed one at a time.
+compile side by side; while one is timed, the others stand still.
 """
 
 import argparse
@@ -33,7 +33,7 @@ from timing import provenance
 from torch import Tensor, nn
 from torch.nn.attention.flex_attention import create_block_mask, flex_attention
 from torchvision.models.video import mvit
-from turns import turn
+from turns import alone, join
 
 import nat_models  # noqa: F401  registers the models with timm
 from fused_na import neighborhood_attention
@@ -170,19 +170,18 @@ def clip_rows(name: str, frames: int, options: argparse.Namespace, device: torch
         is_flex = name.endswith(":flex")
         attention = partial(patch, ATTENTION, flex.attend) if is_flex else nullcontext
         try:
-            with turn(options.turns, alone=False):
-                model = build(name, frames, options.image_size).to(device)
-                row["parameters_m"] = f"{sum(p.numel() for p in model.parameters()) / 1e6:.2f}"
-                if is_flex:
-                    with patch(ATTENTION, flex.prepare):
-                        inference(model, None, clip, labels)
-                optimizer = torch.optim.AdamW(model.parameters(), fused=device.type == "cuda")
-                step = train_step if mode == "train" else inference
-                run = partial(step, compiled(model.train(mode == "train"), device), optimizer, clip, labels)
-                with attention():
-                    run()
-                torch.cuda.empty_cache()
-            with turn(options.turns, alone=True), attention():
+            model = build(name, frames, options.image_size).to(device)
+            row["parameters_m"] = f"{sum(p.numel() for p in model.parameters()) / 1e6:.2f}"
+            if is_flex:
+                with patch(ATTENTION, flex.prepare):
+                    inference(model, None, clip, labels)
+            optimizer = torch.optim.AdamW(model.parameters(), fused=device.type == "cuda")
+            step = train_step if mode == "train" else inference
+            run = partial(step, compiled(model.train(mode == "train"), device), optimizer, clip, labels)
+            with attention():
+                run()
+            torch.cuda.empty_cache()
+            with alone(options.turns), attention():
                 elapsed, peak = measure(run, device, options.repeats)
             result["clips_per_s"], result["ms"] = f"{len(clip) / elapsed:.2f}", f"{1e3 * elapsed:.2f}"
             result["peak_gib"] = peak and f"{peak:.2f}"
@@ -239,7 +238,7 @@ def latencies(model: Any, mode: str, options: argparse.Namespace, device: torch.
     step, forward = model.step, model.__call__
     if mode != "eager":
         step, forward = (torch.compile(function, dynamic=False, mode=mode) for function in (step, forward))
-    with turn(options.turns, alone=False), autocast(device):
+    with autocast(device):
         state = model.init_state(1, size, size)
         held = []  # states with an even and an odd number of frames
         for t in range(window // 2 * 2):
@@ -251,7 +250,7 @@ def latencies(model: Any, mode: str, options: argparse.Namespace, device: torch.
         if not error < TOLERANCE:
             raise RuntimeError(f"the step's logits differ by {error:.1e} from the whole model's")
         forward(clip)
-    with turn(options.turns, alone=True), autocast(device):
+    with alone(options.turns), autocast(device):
         new, none = (measure(lambda s=s: step(clip[:, :, :1], s), device, options.repeats) for s in held)
         times = {"step, new map": new, "step, no map": none}
         times["step, mean"] = mean((new[0], none[0])), max(new[1], none[1])  # every second frame adds a map
@@ -305,8 +304,9 @@ def main() -> None:
     parser.add_argument(
         "--stream-output", type=Path, default=ROOT / "results" / "video_streams.csv", help="CSV of the latencies"
     )
-    parser.add_argument("--turns", type=Path, metavar="FILE", help="lock that processes on the same GPU share")
+    parser.add_argument("--turns", type=Path, metavar="FILE", help="names the processes on the same GPU")
     options = parser.parse_args()
+    join(options.turns)
     device = torch.device(options.device)
     torch.set_float32_matmul_precision("high")
     torch._dynamo.config.cache_size_limit = 64  # a model's blocks differ in shapes and settings

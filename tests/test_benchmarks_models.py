@@ -1,7 +1,6 @@
 """`benchmarks/models.py`: what it checks, and the command on a CPU."""
 
 import csv
-import fcntl
 import subprocess
 import sys
 from pathlib import Path
@@ -17,7 +16,7 @@ BENCHMARKS = Path(__file__).parent.parent / "benchmarks"
 sys.path.insert(0, str(BENCHMARKS))
 import models as benchmark  # noqa: E402
 from models import MODELS, Subject, measure, rows_of  # noqa: E402
-from turns import turn  # noqa: E402
+from turns import alone  # noqa: E402
 
 CPU = torch.device("cpu")
 
@@ -122,20 +121,24 @@ def test_command(tmp_path: Path) -> None:
         assert row["dtype"] == "bfloat16" and float(row["parameters_m"]) == pytest.approx(0.272, abs=0.001)
 
 
-def test_turns(tmp_path: Path) -> None:
-    """Processes share a turn to prepare; nobody else has one while a process measures."""
+def test_others_stand_still_while_one_is_timed(tmp_path: Path) -> None:
+    """They are stopped and go on afterwards."""
     file = tmp_path / "turns"
+    script = (
+        f"from pathlib import Path; from turns import join; join(Path({str(file)!r}))\nwhile True: print(1, flush=True)"
+    )
+    with subprocess.Popen([sys.executable, "-c", script], cwd=BENCHMARKS, stdout=subprocess.PIPE) as counter:
+        try:
+            assert counter.stdout is not None and counter.stdout.readline()
+            with alone(file):
+                while state(counter.pid) != "T":  # a signal takes its time
+                    pass
+            while state(counter.pid) == "T":
+                pass
+        finally:
+            counter.kill()
 
-    def is_free(alone: bool) -> bool:
-        with file.open("a") as other:
-            try:
-                fcntl.flock(other, fcntl.LOCK_NB | (fcntl.LOCK_EX if alone else fcntl.LOCK_SH))
-            except BlockingIOError:
-                return False
-        return True
 
-    with turn(file, alone=False):
-        assert is_free(alone=False) and not is_free(alone=True)
-    with turn(file, alone=True):
-        assert not is_free(alone=False) and not is_free(alone=True)
-    assert is_free(alone=True)
+def state(pid: int) -> str:
+    """The letter of a process's state, "T" if it is stopped."""
+    return Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()[0]
