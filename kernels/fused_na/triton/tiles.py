@@ -201,6 +201,7 @@ def ranked_tiles(kernel: str, workload: Workload) -> list[tuple[float, Tiles]]:
     candidates = biased or CANDIDATES.get((kernel, which)) or CANDIDATES[kernel, "small"]
     fitting = [c for c in candidates if shared_bytes(kernel, c, workload) <= workload.shared_memory]
     over_keys = kernel != "key_value"
+    # Of equals, more moving tokens along t: ptxas serialises the products of some kernels whose moving tile has one.
     ranked = sorted(
         (executed_scores(three, s, m, over_keys) / candidate.rate, -m[2], -s[2], s, -m[0], m, candidate)
         for candidate in fitting or candidates[-1:]
