@@ -143,7 +143,7 @@ def test_first_timestamp_need_not_be_zero(tmp_path, decoder):
 @pytest.mark.parametrize("keyframe_every", [1, 250])
 def test_keyframes_everywhere_or_once(tmp_path, decoder, keyframe_every):
     video = open_video(write_video(tmp_path / "video.mp4", keyframe_every=keyframe_every), decoder)
-    if decoder == "torchcodec-cuda" and keyframe_every == 1:  # an error of torchcodec 0.17 on the GPU: no frame, or all
+    if decoder == "torchcodec-cuda" and keyframe_every == 1:  # torchcodec 0.17 fails on a GPU
         with pytest.raises(VideoError, match="data.decoder=pyav"):
             video.frames_at(middles([50, 3, 20], 30))
         return

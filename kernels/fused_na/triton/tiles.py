@@ -234,6 +234,7 @@ def ranked_tiles(kernel: str, workload: Workload) -> list[tuple[float, Tiles]]:
         if shared_bytes(kernel, c, workload) <= workload.shared_memory and (workload.is_wide or not c.is_wide)
     ]
     over_keys = kernel != "key_value"
+    # Of equals, more moving tokens along t: ptxas serialises the products of some kernels whose moving tile has one.
     ranked = sorted(
         (estimated_time(three, s, m, over_keys, candidate), -m[2], -s[2], s, -m[0], m, candidate)
         for candidate in fitting or candidates[-1:]
