@@ -342,20 +342,20 @@ def test_divisions_by_multiplication() -> None:
 
 
 @triton.jit
-def parts_kernel(numbers, steps, results, total: tl.constexpr, TILE: tl.constexpr):
+def parts_kernel(numbers, steps, results, total: tl.constexpr, TILE: tl.constexpr, ONE_TILE: tl.constexpr):
     first = tl.load(numbers), tl.load(numbers + 1), tl.load(numbers + 2)
     first_end = tl.load(numbers + 3), tl.load(numbers + 4), tl.load(numbers + 5)
     last_start = tl.load(numbers + 6), tl.load(numbers + 7), tl.load(numbers + 8)
     end = tl.load(numbers + 9), tl.load(numbers + 10), tl.load(numbers + 11)
     inner_begin, inner_end = walk.interior(first, first_end, last_start, TILE)
     for INNER in tl.static_range(2):
-        way, count = walk.part(first, end, inner_begin, inner_end, TILE, INNER, True)
+        way, count = walk.part(first, end, inner_begin, inner_end, TILE, ONE_TILE, INNER, True)
         tl.store(steps + INNER, count)
         tile = walk.first_tile(way)
         for step in range(count):
             for axis in tl.static_range(3):
                 tl.store(results + (INNER * total + step) * 3 + axis, tile[axis])
-            tile = walk.next_tile(tile, way, TILE)
+            tile = walk.next_tile(tile, way, TILE, ONE_TILE)
 
 
 @pytest.mark.parametrize("seed", range(40))
@@ -376,7 +376,8 @@ def test_a_grid_is_its_interior_and_the_rest(seed: int) -> None:
     steps = torch.zeros(2, dtype=torch.int32)
     results = torch.zeros(2, len(begins), 3, dtype=torch.int32)
     numbers = torch.tensor([*first, *first_end, *last_start, *end], dtype=torch.int32)
-    parts_kernel[(1,)](numbers, steps, results, total=len(begins), TILE=tile)
+    one_tile = tuple(seed % 2 == 1 and e - f <= size for f, e, size in zip(first, end, tile, strict=True))
+    parts_kernel[(1,)](numbers, steps, results, total=len(begins), TILE=tile, ONE_TILE=one_tile)
     for part in (0, 1):
         expected = [begin for begin, is_inner in zip(begins, inner, strict=True) if is_inner == part]
         assert steps[part] == len(expected)

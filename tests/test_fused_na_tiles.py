@@ -2,7 +2,7 @@
 
 import time
 from itertools import product
-from math import prod
+from math import ceil, prod
 
 import pytest
 from attention_problems import Problem, problems
@@ -15,6 +15,7 @@ from fused_na.triton.tiles import (
     Extent,
     Tiles,
     Workload,
+    always_one_tile,
     as_three_axes,
     choose_tiles,
     executed_scores,
@@ -118,6 +119,23 @@ def test_least_time_of_all_candidates(kernel: str) -> None:
     tiles = choose_tiles(kernel, Workload(axes, 128, 128, 2))
     chosen = (tiles.query, tiles.key) if over_keys else (tiles.key, tiles.query)
     assert min(time for (s, m, _), time in times.items() if (s, m) == chosen) == min(times.values())
+
+
+@settings(max_examples=100)
+@given(problem=problems(), query=st.sampled_from([1, 2, 4, 8, 16]), key=st.sampled_from([8, 16, 32]))
+def test_axes_of_one_tile(problem: Problem, query: int, key: int) -> None:
+    """Where it is said that one tile of keys always does, no tile of queries needs two."""
+    axes = tuple(map(Axis, problem.spatial, problem.kernel_size, problem.stride, problem.dilation, problem.is_causal))
+    for axis in axes:
+        if always_one_tile(axis, query, key):
+            tiles = sum(ceil(group_members(axis, group) / query) for group in range(axis.dilation))
+            assert steps_on_axis(axis, query, key, True) == tiles
+
+
+def test_one_tile_is_seen_where_it_does() -> None:
+    assert always_one_tile(Axis(56, 7), 8, 16) and always_one_tile(Axis(56, 7), 10, 16)
+    assert not always_one_tile(Axis(56, 7), 11, 16)
+    assert always_one_tile(Axis(56, 7, 4), 8, 16) and not always_one_tile(Axis(56, 7, 4), 10, 16)
 
 
 def work_counted(axes: tuple[Axis, ...], stationary: Extent, moving: Extent, over_keys: bool) -> int:

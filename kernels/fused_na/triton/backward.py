@@ -27,11 +27,12 @@ from fused_na.triton.neighborhood import (
     mask,
     offset,
     store_rows,
+    store_tile,
     unravel,
     windows,
 )
 from fused_na.triton.products import product
-from fused_na.triton.walk import first_tile, interior, next_tile, part
+from fused_na.triton.walk import NEVER, first_tile, interior, next_tile, part
 
 LOG2_E = tl.constexpr(1.4426950408889634)
 
@@ -78,8 +79,10 @@ def query_kernel(
     BLOCK_DV: tl.constexpr,
     DILATED: tl.constexpr,
     WIDE: tl.constexpr,
+    ONE_TILE: tl.constexpr,
     INTERIOR: tl.constexpr,
     TMA: tl.constexpr,
+    OWN_TMA: tl.constexpr,
     PRECISION: tl.constexpr,
     STAGES: tl.constexpr,
 ):
@@ -99,21 +102,26 @@ def query_kernel(
     member = clamped(begin, inner, members)
     is_query = below(begin, inner, members)
     token = dilated(group, member, dilations)
-    query_base = query + batch * query_strides[0] + head * query_strides[4]
-    q = load_rows(query_base, offset(token, query_strides[1:4], WIDE), is_query, HEAD_DIM, BLOCK_D)
-    grad_base = grad_output + batch * grad_output_strides[0] + head * grad_output_strides[4]
-    grad_o = load_rows(grad_base, offset(token, grad_output_strides[1:4], WIDE), is_query, HEAD_DIM_V, BLOCK_DV)
-
     tokens = length_w.to(tl.int64) * length_h * length_t
     row = offset(token, (length_h * length_w, length_w, 1), WIDE)
     output_base = batch * tokens * heads + head
-    o = load_rows(output + output_base * HEAD_DIM_V, row * heads * HEAD_DIM_V, is_query, HEAD_DIM_V, BLOCK_DV)
+    if OWN_TMA:
+        q = load_tile(query, batch, begin, head, QUERIES, HEAD_DIM)
+        grad_o = load_tile(grad_output, batch, begin, head, QUERIES, HEAD_DIM_V)
+        o = load_tile(output, batch, begin, head, QUERIES, HEAD_DIM_V)
+    else:
+        query_base = query + batch * query_strides[0] + head * query_strides[4]
+        q = load_rows(query_base, offset(token, query_strides[1:4], WIDE), is_query, HEAD_DIM, BLOCK_D)
+        grad_base = grad_output + batch * grad_output_strides[0] + head * grad_output_strides[4]
+        grad_o = load_rows(grad_base, offset(token, grad_output_strides[1:4], WIDE), is_query, HEAD_DIM_V, BLOCK_DV)
+        o = load_rows(output + output_base * HEAD_DIM_V, row * heads * HEAD_DIM_V, is_query, HEAD_DIM_V, BLOCK_DV)
     row_delta = tl.sum(o.to(tl.float32) * grad_o.to(tl.float32), 1)
     row_base = (batch * heads + head) * tokens
     if grad_lse is not None:
         row_delta -= tl.load(grad_lse + row_base + row, mask=is_query, other=0.0)
     tl.store(delta + row_base + row, row_delta, mask=is_query)
     row_lse = tl.load(lse + row_base + row, mask=is_query, other=0.0) * LOG2_E
+    minus_delta = tl.broadcast_to(-row_delta[:, None], (QUERIES, KEYS))  # to start a product with, which is free
 
     start, end = windows(member, members, KERNEL, STRIDE, CAUSAL)
     first, first_end = windows(begin, members, KERNEL, STRIDE, CAUSAL)
@@ -134,7 +142,7 @@ def query_kernel(
     grad_q = tl.zeros([QUERIES, BLOCK_D], tl.float32)
     inner_begin, inner_end = interior(first, first_end, last_start, KEY_TILE)
     for INNER in tl.static_range(2 if INTERIOR else 1):  # as in forward
-        walk, steps = part(first, stop, inner_begin, inner_end, KEY_TILE, INNER, INTERIOR)
+        walk, steps = part(first, stop, inner_begin, inner_end, KEY_TILE, ONE_TILE, INNER, INTERIOR)
         key_begin = first_tile(walk)
         for _ in tl.range(0, steps, num_stages=STAGES):
             key_token = dilated(group, key_begin, dilations)
@@ -153,9 +161,9 @@ def query_kernel(
                     initial += load_biases(rpb_rows + bias_position(key_begin, KERNEL), key_inner, KERNEL, 1)
             scores = product(q, k.T, initial, PRECISION=PRECISION) * (scale * LOG2_E)
             probabilities = tl.exp2(scores - row_lse[:, None])
-            grad_scores = probabilities * (product(grad_o, v.T, PRECISION=PRECISION) - row_delta[:, None])
+            grad_scores = probabilities * product(grad_o, v.T, minus_delta, PRECISION=PRECISION)
             grad_q = product(grad_scores.to(k.dtype), k, grad_q, PRECISION=PRECISION)
-            key_begin = next_tile(key_begin, walk, KEY_TILE)
+            key_begin = next_tile(key_begin, walk, KEY_TILE, ONE_TILE)
 
     if additional_keys is not None:
         extra_keys = additional_keys + batch * additional_keys_strides[0] + head_kv * additional_keys_strides[2]
@@ -166,10 +174,14 @@ def query_kernel(
             v = load_rows(extra_values, extra * additional_values_strides[1], extra < additional, HEAD_DIM_V, BLOCK_DV)
             scores = product(q, k.T, PRECISION=PRECISION) * (scale * LOG2_E)
             probabilities = tl.where((extra < additional)[None, :], tl.exp2(scores - row_lse[:, None]), 0.0)
-            grad_scores = probabilities * (product(grad_o, v.T, PRECISION=PRECISION) - row_delta[:, None])
+            grad_scores = probabilities * product(grad_o, v.T, minus_delta, PRECISION=PRECISION)
             grad_q = product(grad_scores.to(k.dtype), k, grad_q, PRECISION=PRECISION)
 
-    store_rows(grad_query + output_base * HEAD_DIM, row * heads * HEAD_DIM, is_query, grad_q * scale, HEAD_DIM, BLOCK_D)
+    if OWN_TMA:
+        store_tile(grad_query, batch, begin, head, grad_q * scale, QUERY_TILE, HEAD_DIM)
+    else:
+        base = grad_query + output_base * HEAD_DIM
+        store_rows(base, row * heads * HEAD_DIM, is_query, grad_q * scale, HEAD_DIM, BLOCK_D)
 
 
 @triton.jit(do_not_specialize=["length_w", "heads"], do_not_specialize_on_alignment=["length_t", "length_h"])
@@ -208,6 +220,7 @@ def key_value_kernel(
     WIDE: tl.constexpr,
     INTERIOR: tl.constexpr,
     TMA: tl.constexpr,
+    OWN_TMA: tl.constexpr,
     PRECISION: tl.constexpr,
     STAGES: tl.constexpr,
 ):
@@ -227,10 +240,14 @@ def key_value_kernel(
     member = clamped(begin, inner, members)
     is_key = below(begin, inner, members)
     token = dilated(group, member, dilations)
-    key_base = key + batch * key_strides[0] + head_kv * key_strides[4]
-    value_base = value + batch * value_strides[0] + head_kv * value_strides[4]
-    k = load_rows(key_base, offset(token, key_strides[1:4], WIDE), is_key, HEAD_DIM, BLOCK_D)
-    v = load_rows(value_base, offset(token, value_strides[1:4], WIDE), is_key, HEAD_DIM_V, BLOCK_DV)
+    if OWN_TMA:
+        k = load_tile(key, batch, begin, head_kv, KEYS, HEAD_DIM)
+        v = load_tile(value, batch, begin, head_kv, KEYS, HEAD_DIM_V)
+    else:
+        key_base = key + batch * key_strides[0] + head_kv * key_strides[4]
+        value_base = value + batch * value_strides[0] + head_kv * value_strides[4]
+        k = load_rows(key_base, offset(token, key_strides[1:4], WIDE), is_key, HEAD_DIM, BLOCK_D)
+        v = load_rows(value_base, offset(token, value_strides[1:4], WIDE), is_key, HEAD_DIM_V, BLOCK_DV)
 
     start, end = inverse_windows(member, members, KERNEL, STRIDE, CAUSAL)
     first, first_end = inverse_windows(begin, members, KERNEL, STRIDE, CAUSAL)
@@ -251,7 +268,7 @@ def key_value_kernel(
     grad_v = tl.zeros([KEYS, BLOCK_DV], tl.float32)
     inner_begin, inner_end = interior(first, first_end, last_start, QUERY_TILE)
     for INNER in tl.static_range(2 if INTERIOR else 1):  # as in forward
-        walk, steps = part(first, stop, inner_begin, inner_end, QUERY_TILE, INNER, INTERIOR)
+        walk, steps = part(first, stop, inner_begin, inner_end, QUERY_TILE, NEVER, INNER, INTERIOR)
         for sharer in range(HEADS_PER_KV):
             head = head_kv * HEADS_PER_KV + sharer
             query_begin = first_tile(walk)
@@ -282,14 +299,19 @@ def key_value_kernel(
                 scores = product(k, q.T, initial, PRECISION=PRECISION) * (scale * LOG2_E)
                 probabilities = tl.exp2(scores - row_lse[None, :])
                 grad_v = product(probabilities.to(grad_o.dtype), grad_o, grad_v, PRECISION=PRECISION)
-                grad_scores = probabilities * (product(v, grad_o.T, PRECISION=PRECISION) - row_delta[None, :])
+                minus_delta = tl.broadcast_to(-row_delta[None, :], (KEYS, QUERIES))
+                grad_scores = probabilities * product(v, grad_o.T, minus_delta, PRECISION=PRECISION)
                 grad_k = product(grad_scores.to(q.dtype), q, grad_k, PRECISION=PRECISION)
-                query_begin = next_tile(query_begin, walk, QUERY_TILE)
+                query_begin = next_tile(query_begin, walk, QUERY_TILE, NEVER)
 
-    row = offset(token, row_strides, WIDE) * heads_kv
-    row_base = batch * tokens * heads_kv + head_kv
-    store_rows(grad_key + row_base * HEAD_DIM, row * HEAD_DIM, is_key, grad_k * scale, HEAD_DIM, BLOCK_D)
-    store_rows(grad_value + row_base * HEAD_DIM_V, row * HEAD_DIM_V, is_key, grad_v, HEAD_DIM_V, BLOCK_DV)
+    if OWN_TMA:
+        store_tile(grad_key, batch, begin, head_kv, grad_k * scale, KEY_TILE, HEAD_DIM)
+        store_tile(grad_value, batch, begin, head_kv, grad_v, KEY_TILE, HEAD_DIM_V)
+    else:
+        row = offset(token, row_strides, WIDE) * heads_kv
+        row_base = batch * tokens * heads_kv + head_kv
+        store_rows(grad_key + row_base * HEAD_DIM, row * HEAD_DIM, is_key, grad_k * scale, HEAD_DIM, BLOCK_D)
+        store_rows(grad_value + row_base * HEAD_DIM_V, row * HEAD_DIM_V, is_key, grad_v, HEAD_DIM_V, BLOCK_DV)
 
 
 @triton.jit(

@@ -17,10 +17,11 @@ from fused_na.triton.neighborhood import (
     mask,
     offset,
     store_rows,
+    store_tile,
     unravel,
     windows,
 )
-from fused_na.triton.products import product
+from fused_na.triton.products import log2, product, reciprocal
 from fused_na.triton.walk import first_tile, interior, next_tile, part
 
 
@@ -28,12 +29,14 @@ from fused_na.triton.walk import first_tile, interior, next_tile, part
 def softmax_step(scores, factor, values, highest, total, accumulator, PRECISION: tl.constexpr):
     """One step of the online softmax in base 2, on scores yet to be multiplied by `factor > 0`, -inf where masked.
 
-    `highest` starts finite, so that a row that has seen no key yet yields no NaN.
+    `highest` starts finite, so that a row that has seen no key yet yields no NaN. `total`, `[rows, 8]`, holds partial
+    sums, which the threads of a row need to exchange at the end only.
     """
     new_highest = tl.maximum(highest, tl.max(scores, 1) * factor)
     probabilities = tl.exp2(scores * factor - new_highest[:, None])
     rescale = tl.exp2(highest - new_highest)
-    total = total * rescale + tl.sum(probabilities, 1)
+    by_eights = probabilities.reshape(probabilities.shape[0], probabilities.shape[1] // 8, 8)
+    total = total * rescale[:, None] + tl.sum(by_eights, 1)
     accumulator = accumulator * rescale[:, None]
     accumulator = product(probabilities.to(values.dtype), values, accumulator, PRECISION=PRECISION)
     return new_highest, total, accumulator
@@ -76,8 +79,10 @@ def forward_kernel(
     BLOCK_DV: tl.constexpr,
     DILATED: tl.constexpr,
     WIDE: tl.constexpr,
+    ONE_TILE: tl.constexpr,
     INTERIOR: tl.constexpr,
     TMA: tl.constexpr,
+    OWN_TMA: tl.constexpr,
     PRECISION: tl.constexpr,
     STAGES: tl.constexpr,
 ):
@@ -97,9 +102,11 @@ def forward_kernel(
     member = clamped(begin, inner, members)
     is_query = below(begin, inner, members)
     token = dilated(group, member, dilations)
-    query_rows = offset(token, query_strides[1:4], WIDE)
-    query_base = query + batch * query_strides[0] + head * query_strides[4]
-    q = load_rows(query_base, query_rows, is_query, HEAD_DIM, BLOCK_D)
+    if OWN_TMA:
+        q = load_tile(query, batch, begin, head, QUERIES, HEAD_DIM)
+    else:
+        query_base = query + batch * query_strides[0] + head * query_strides[4]
+        q = load_rows(query_base, offset(token, query_strides[1:4], WIDE), is_query, HEAD_DIM, BLOCK_D)
 
     start, end = windows(member, members, KERNEL, STRIDE, CAUSAL)
     first, first_end = windows(begin, members, KERNEL, STRIDE, CAUSAL)
@@ -119,12 +126,12 @@ def forward_kernel(
 
     factor = scale * LOG2_E
     highest = tl.full([QUERIES], -1e30, tl.float32)
-    total = tl.zeros([QUERIES], tl.float32)
+    total = tl.zeros([QUERIES, 8], tl.float32)
     accumulator = tl.zeros([QUERIES, BLOCK_DV], tl.float32)
     # Tiles that lie in all windows come last, in a loop of their own that needs no mask.
     inner_begin, inner_end = interior(first, first_end, last_start, KEY_TILE)
     for INNER in tl.static_range(2 if INTERIOR else 1):
-        walk, steps = part(first, stop, inner_begin, inner_end, KEY_TILE, INNER, INTERIOR)
+        walk, steps = part(first, stop, inner_begin, inner_end, KEY_TILE, ONE_TILE, INNER, INTERIOR)
         key_begin = first_tile(walk)
         for _ in tl.range(0, steps, num_stages=STAGES):
             key_token = dilated(group, key_begin, dilations)
@@ -145,7 +152,7 @@ def forward_kernel(
                 v_base = value_base + offset(key_token, value_strides[1:4], WIDE)
                 v = load_rows(v_base, value_rows, is_key, HEAD_DIM_V, BLOCK_DV)
             highest, total, accumulator = softmax_step(scores, factor, v, highest, total, accumulator, PRECISION)
-            key_begin = next_tile(key_begin, walk, KEY_TILE)
+            key_begin = next_tile(key_begin, walk, KEY_TILE, ONE_TILE)
 
     if additional_keys is not None:
         extra_keys = additional_keys + batch * additional_keys_strides[0] + head_kv * additional_keys_strides[2]
@@ -158,11 +165,14 @@ def forward_kernel(
             scores = tl.where((extra < additional)[None, :], scores, float("-inf"))
             highest, total, accumulator = softmax_step(scores, factor, v, highest, total, accumulator, PRECISION)
 
+    total = tl.sum(total, 1)
     # In memory the output is `[B, *spatial, heads, head_dim_v]` and the log-sum-exp `[B, heads, *spatial]`.
     tokens = length_w.to(tl.int64) * length_h * length_t
     row = offset(token, (length_h * length_w, length_w, 1), WIDE)
-    output_base = output + (batch * tokens * heads + head) * HEAD_DIM_V
-    store_rows(
-        output_base, row * heads * HEAD_DIM_V, is_query, accumulator * (1.0 / total)[:, None], HEAD_DIM_V, BLOCK_DV
-    )
-    tl.store(lse + (batch * heads + head) * tokens + row, (highest + tl.log2(total)) / LOG2_E, mask=is_query)
+    result = accumulator * reciprocal(total)[:, None]
+    if OWN_TMA:
+        store_tile(output, batch, begin, head, result, QUERY_TILE, HEAD_DIM_V)
+    else:
+        output_base = output + (batch * tokens * heads + head) * HEAD_DIM_V
+        store_rows(output_base, row * heads * HEAD_DIM_V, is_query, result, HEAD_DIM_V, BLOCK_DV)
+    tl.store(lse + (batch * heads + head) * tokens + row, (highest + log2(total)) / LOG2_E, mask=is_query)

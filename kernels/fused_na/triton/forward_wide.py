@@ -28,7 +28,7 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 )
 
 from fused_na.triton.neighborhood import below, clamped, divided, locate, mask, offset, unravel, windows
-from fused_na.triton.walk import first_tile, interior, next_tile, part
+from fused_na.triton.walk import NEVER, first_tile, interior, next_tile, part
 
 LOG2_E = gl.constexpr(1.4426950408889634)
 REGISTERS = gl.constexpr((240, 24))  # of a thread of the warpgroups that attend, and of the producer
@@ -59,8 +59,8 @@ def walks(
     last = clamped(begin, (QUERY_TILE[0] - 1, QUERY_TILE[1] - 1, QUERY_TILE[2] - 1), lengths)
     last_start, stop = windows(last, lengths, KERNEL, STRIDE, CAUSAL)
     inner_begin, inner_end = interior(first, first_end, last_start, KEY_TILE)
-    outer, outer_steps = part(first, stop, inner_begin, inner_end, KEY_TILE, False, INTERIOR)
-    inner, inner_steps = part(first, stop, inner_begin, inner_end, KEY_TILE, True, True)
+    outer, outer_steps = part(first, stop, inner_begin, inner_end, KEY_TILE, NEVER, False, INTERIOR)
+    inner, inner_steps = part(first, stop, inner_begin, inner_end, KEY_TILE, NEVER, True, True)
     if not INTERIOR:
         inner_steps = outer_steps * 0
     t, h, w = first_tile(outer)
@@ -143,17 +143,17 @@ def produce(
     stage = wait_empty(ring, 0, key.block_type.nbytes, STAGES)
     copy_tile(key, ring[0], ring[2], stage, batch, tile, head_kv)
     for step in range(1, outer_steps):
-        upcoming = next_tile(tile, outer, KEY_TILE)
+        upcoming = next_tile(tile, outer, KEY_TILE, NEVER)
         fill(key, value, ring, step, batch, upcoming, tile, head_kv, STAGES)
         tile = upcoming
     if INTERIOR:
         upcoming = first_tile(inner)
         if outer_steps == 0:
-            upcoming = next_tile(tile, inner, KEY_TILE)
+            upcoming = next_tile(tile, inner, KEY_TILE, NEVER)
         for step in range(gl.maximum(outer_steps, 1), steps):
             fill(key, value, ring, step, batch, upcoming, tile, head_kv, STAGES)
             tile = upcoming
-            upcoming = next_tile(tile, inner, KEY_TILE)
+            upcoming = next_tile(tile, inner, KEY_TILE, NEVER)
     stage = wait_empty(ring, steps, value.block_type.nbytes, STAGES)
     copy_tile(value, ring[1], ring[2], stage, batch, tile, head_kv)
 
@@ -309,7 +309,7 @@ def attend(
     wait_full(ring, 1, STAGES)
 
     for step in range(1, outer_steps):
-        tile = next_tile(tile, outer, KEY_TILE)
+        tile = next_tile(tile, outer, KEY_TILE, NEVER)
         masks = (start, end, tile, key_inner)
         state, accumulator = attend_step(
             q, ring, step, masks, factor, state, accumulator, score_layout, QUERY_TILE, KEY_TILE, True, STAGES

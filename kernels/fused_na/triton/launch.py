@@ -29,6 +29,7 @@ from fused_na.triton.tiles import (
     Extent,
     Tiles,
     Workload,
+    always_one_tile,
     as_three_axes,
     block_width,
     can_lie_inside,
@@ -60,6 +61,11 @@ class Layout(NamedTuple):
 
 def _layout(x: Tensor | None) -> Layout | None:
     return None if x is None else Layout(x.shape, x.stride(), x.dtype, x.data_ptr() % 16 == 0)
+
+
+def _contiguous(shape: tuple[int, ...], dtype: torch.dtype) -> Layout:
+    strides = tuple(prod(shape[axis + 1 :]) for axis in range(len(shape)))
+    return Layout(shape, strides, dtype, is_aligned=True)
 
 
 class Problem(NamedTuple):
@@ -205,8 +211,7 @@ class Geometry:
         self.groups = t.dilation * h.dilation * w.dilation
         read = {"query": query, "key": key, "value": value, "grad_output": problem.grad_output}
         layouts = {name: layout for name, layout in read.items() if layout is not None}
-        output = torch.empty((*query.shape[:-1], self.head_dim_v), dtype=query.dtype, device="meta")
-        self.output = Layout(output.shape, output.stride(), output.dtype, is_aligned=True)
+        self.output = _contiguous((*query.shape[:-1], self.head_dim_v), query.dtype)
         is_wide = (
             _capability(problem.device) == 9
             and itemsize == 2
@@ -253,7 +258,14 @@ class Geometry:
         self.arguments["additional"] = 0 if problem.additional_keys is None else problem.additional_keys.shape[1]
 
     def launch(
-        self, kernel: Any, tiles: Tiles, own: Extent, heads: int, loaded: dict[str, Extent], **more: Any
+        self,
+        kernel: Any,
+        tiles: Tiles,
+        own: Extent,
+        heads: int,
+        moving: dict[str, Extent],
+        own_tensors: tuple[str, ...] = (),
+        **more: Any,
     ) -> Launch:
         """A launch of a kernel.
 
@@ -262,8 +274,9 @@ class Geometry:
             tiles: how it runs.
             own: extents of a program's own tile.
             heads: that have programs of their own.
-            loaded: by tensor, extents of the tiles that are copied: through the bulk copy engine where that was chosen
-                and the machine and the layouts allow it.
+            moving: by tensor, extents of the tiles that it loops over.
+            own_tensors: of which its own tile is loaded or stored. Both go through the bulk copy engine where that was
+                chosen and the machine and the layouts allow it.
             more: arguments of its own. `programs` is how many run; by default one for each tile, head and sample.
         """
         counts = self.tiles_per_axis(own)
@@ -275,18 +288,33 @@ class Geometry:
             "KEY_TILE": tiles.key,
             "STAGES": tiles.num_stages,
             "INTERIOR": self.has_interior(tiles),
+            "ONE_TILE": tuple(map(always_one_tile, as_three_axes(self.problem.axes), tiles.query, tiles.key)),
             "num_warps": tiles.num_warps,
             "num_stages": tiles.num_stages,
             "maxnreg": tiles.max_registers,
             **more,
         }
-        layouts = {name: getattr(self.problem, name) or self.output for name in loaded}
+        # In products of warpgroups an own tile that is copied in bulk gave a wrong output at head_dim 64 (Triton 3.6),
+        # and slower gradients.
+        copied = moving | (dict.fromkeys(own_tensors, own) if tiles.num_warps < 4 else {})
+        layouts = {name: self.layout(name) for name in copied}
         arguments["TMA"] = tiles.bulk and self.groups == 1 and all(map(self.can_copy_in_bulk, layouts.values()))
+        arguments["OWN_TMA"] = arguments["TMA"] and len(copied) > len(moving)
         bulk = {}
         if arguments["TMA"]:
             describe = _describe_for_gluon if tiles.is_wide else _describe
-            bulk = {name: partial(describe, layout, loaded[name]) for name, layout in layouts.items()}
+            bulk = {name: partial(describe, layout, copied[name]) for name, layout in layouts.items()}
         return Launch(kernel, arguments.pop("programs"), arguments, bulk)
+
+    def layout(self, name: str) -> Layout:
+        """How a tensor lies in memory: as it was given, or contiguous if a kernel writes it."""
+        given = getattr(self.problem, name, None)
+        if given is not None:
+            return given
+        if name == "output":
+            return self.output
+        of = getattr(self.problem, name.removeprefix("grad_"))
+        return _contiguous(of.shape, of.dtype)
 
     def can_copy_in_bulk(self, layout: Layout) -> bool:
         """Whether tiles of a tensor can be loaded by Hopper's bulk copy engine: heads side by side, 16-byte steps."""
@@ -352,22 +380,25 @@ def _shared_memory(device: torch.device) -> int:
 
 
 def _forward(geometry: Geometry, tiles: Tiles) -> Prepared:
-    loaded = {"key": tiles.key, "value": tiles.key}
+    moving = {"key": tiles.key, "value": tiles.key}
     if tiles.is_wide:
-        loaded |= {"query": tiles.box, "output": tiles.box}
-        wide = geometry.launch(forward_wide_kernel, tiles, tiles.query, geometry.heads, loaded, BOX=tiles.box)
+        boxes = {"query": tiles.box, "output": tiles.box}
+        wide = geometry.launch(forward_wide_kernel, tiles, tiles.query, geometry.heads, moving | boxes, BOX=tiles.box)
         return Prepared([wide])
-    return Prepared([geometry.launch(forward_kernel, tiles, tiles.query, geometry.heads, loaded)])
+    own = "query", "output"
+    return Prepared([geometry.launch(forward_kernel, tiles, tiles.query, geometry.heads, moving, own)])
 
 
 def _query(geometry: Geometry, tiles: Tiles) -> Prepared:
-    loaded = {"key": tiles.key, "value": tiles.key}
-    return Prepared([geometry.launch(query_kernel, tiles, tiles.query, geometry.heads, loaded)])
+    moving = {"key": tiles.key, "value": tiles.key}
+    own = "query", "grad_output", "output", "grad_query"
+    return Prepared([geometry.launch(query_kernel, tiles, tiles.query, geometry.heads, moving, own)])
 
 
 def _key_value(geometry: Geometry, tiles: Tiles) -> Prepared:
-    loaded = {"query": tiles.query, "grad_output": tiles.query}
-    return Prepared([geometry.launch(key_value_kernel, tiles, tiles.key, geometry.heads_kv, loaded)])
+    moving = {"query": tiles.query, "grad_output": tiles.query}
+    own = "key", "value", "grad_key", "grad_value"
+    return Prepared([geometry.launch(key_value_kernel, tiles, tiles.key, geometry.heads_kv, moving, own)])
 
 
 def _bias(geometry: Geometry, tiles: Tiles) -> Prepared:
@@ -393,12 +424,12 @@ def _bias(geometry: Geometry, tiles: Tiles) -> Prepared:
         "items_per_split": items_per_split,
         "programs": prod(offsets) * geometry.heads * splits,
     }
-    loaded = {"query": tiles.query, "grad_output": tiles.query, "key": tiles.key, "value": tiles.key}
+    moving = {"query": tiles.query, "grad_output": tiles.query, "key": tiles.key, "value": tiles.key}
     fold = geometry.arguments | own | {"QUERY_TILE": tiles.query, "KEY_TILE": tiles.key, "splits": splits}
     rpb = geometry.problem.rpb
     assert rpb is not None
     launches = [
-        geometry.launch(bias_kernel, tiles, tiles.query, geometry.heads, loaded, **own),
+        geometry.launch(bias_kernel, tiles, tiles.query, geometry.heads, moving, **own),
         Launch(bias_fold_kernel, prod(rpb.shape), fold | {"num_warps": 1}),
     ]
     return Prepared(launches, {"partial": (splits, block)})

@@ -259,3 +259,11 @@ def load_tile(descriptor, batch, begin, head, ROWS: tl.constexpr, HEAD_DIM: tl.c
     map."""
     tile = descriptor.load([batch.to(tl.int32), begin[0], begin[1], begin[2], head * HEAD_DIM])
     return tile.reshape(ROWS, HEAD_DIM)
+
+
+@triton.jit
+def store_tile(descriptor, batch, begin, head, values, TILE: tl.constexpr, HEAD_DIM: tl.constexpr):
+    """Stores a tile `[rows, head_dim]` that starts at member `begin` through the bulk copy engine, rows outside the map
+    left out."""
+    tile = values.to(descriptor.dtype).reshape(1, TILE[0], TILE[1], TILE[2], HEAD_DIM)
+    descriptor.store([batch.to(tl.int32), begin[0], begin[1], begin[2], head * HEAD_DIM], tile)

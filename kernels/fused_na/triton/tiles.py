@@ -57,25 +57,39 @@ class Candidate(NamedTuple):
 
 # By kernel and regime, measured on an H100 and used everywhere. Rates only matter against each other.
 CANDIDATES = {
-    # Windows of at most 512 tokens at head_dim up to 64: one warp a program, bound by instructions and latency.
-    ("forward", "small"): [Candidate(32, 64, 1, 3, True, 122), Candidate(32, 32, 1, 3, True, 120)],
-    ("forward", "small volume"): [Candidate(32, 64, 1, 3, True, 100)],
-    ("query", "small"): [Candidate(32, 32, 1, 3, True, 100, max_registers=168)],
-    ("key_value", "small"): [Candidate(32, 32, 1, 3, False, 75)],
-    ("bias", "small"): [Candidate(32, 32, 1, 3, True, 60)],
+    # Windows of at most 512 tokens at head_dim up to 32: one warp a program, bound by instructions and latency.
+    ("forward", "small"): [
+        Candidate(32, 64, 1, 3, True, 125, max_registers=168),
+        Candidate(32, 32, 1, 3, True, 120, max_registers=128),
+    ],
+    ("forward", "small volume"): [
+        Candidate(32, 64, 1, 3, True, 105),
+        Candidate(32, 32, 1, 3, True, 95, max_registers=168),
+    ],
+    ("query", "small"): [
+        Candidate(32, 32, 1, 3, True, 100, max_registers=168),
+        Candidate(32, 16, 1, 3, True, 97, max_registers=128),
+    ],
+    ("query", "small volume"): [Candidate(32, 32, 1, 3, True, 100, max_registers=168)],
+    ("key_value", "small"): [Candidate(32, 16, 1, 3, True, 75, max_registers=168)],
+    ("key_value", "small volume"): [Candidate(32, 32, 1, 3, True, 75)],
+    ("bias", "small"): [Candidate(16, 64, 1, 2, True, 60, max_registers=168)],
     ("bias", "small volume"): [Candidate(32, 32, 1, 2, True, 60, max_registers=168)],
     # The same where a dilation group is small enough to be one or few tiles.
     ("forward", "small dilated"): [Candidate(64, 32, 1, 2, False, 70), Candidate(32, 32, 1, 2, False, 60)],
     ("query", "small dilated"): [Candidate(64, 32, 1, 2, False, 54), Candidate(32, 32, 1, 3, False, 52)],
     ("key_value", "small dilated"): [Candidate(64, 64, 2, 2, False, 53), Candidate(32, 32, 1, 2, False, 45)],
+    ("bias", "small dilated"): [Candidate(64, 32, 2, 3, False, 40)],
     # The same with a relative positional bias, whose loads and addresses take registers.
-    ("forward", "small with bias"): [Candidate(16, 64, 1, 2, True, 86), Candidate(16, 32, 1, 3, True, 74)],
-    ("query", "small with bias"): [Candidate(16, 32, 1, 3, True, 63)],
-    ("key_value", "small with bias"): [Candidate(32, 16, 1, 2, True, 52)],
-    ("forward", "small volume with bias"): [Candidate(16, 64, 1, 2, True, 96)],
-    ("query", "small volume with bias"): [Candidate(16, 32, 1, 3, True, 60)],
-    ("key_value", "small volume with bias"): [Candidate(16, 32, 1, 2, False, 58)],
-    ("key_value", "small dilated with bias"): [Candidate(32, 64, 1, 2, False, 37)],
+    ("forward", "small with bias"): [Candidate(32, 32, 1, 3, True, 66, max_registers=168)],
+    ("query", "small with bias"): [Candidate(32, 32, 1, 3, True, 47, max_registers=168)],
+    ("forward", "small volume with bias"): [Candidate(16, 64, 1, 2, True, 69)],
+    ("query", "small volume with bias"): [Candidate(16, 32, 1, 3, True, 56)],
+    ("forward", "small dilated with bias"): [Candidate(32, 32, 1, 2, False, 39, max_registers=128)],
+    ("query", "small dilated with bias"): [Candidate(32, 16, 1, 3, False, 30, max_registers=128)],
+    ("key_value", "small dilated with bias"): [Candidate(32, 16, 1, 3, False, 29, max_registers=168)],
+    # The same at a head_dim above 32, not measured: two warps share what does not fit in the registers of one.
+    ("key_value", "small at 64"): [Candidate(32, 32, 2, 2, True, 1)],
     # Everything else in 16 bits: warpgroup products, bound by the pipeline of softmax and products. The slowest
     # candidates are for GPUs with less shared memory, and for biases.
     ("forward", "wide"): [
@@ -125,6 +139,8 @@ def regime(workload: Workload) -> str:
     if workload.itemsize == 4:
         return "float32" if width <= 128 else "widest float32"
     if prod(axis.kernel_size for axis in axes) <= 512 and width <= 64:
+        if width > 32:
+            return "small at 64"
         if prod(axis.dilation for axis in axes) > 1:
             return "small dilated"
         return "small volume" if len(axes) == 3 else "small"
@@ -145,7 +161,6 @@ def _plain(lengths: tuple[int, ...], kernel_size: tuple[int, ...]) -> tuple[Axis
 # 32 without a bias.
 TUNED = {
     ("forward", _plain((7, 7), (7, 7))): Tiles((4, 1, 8), (4, 1, 8), 1, 2, True),
-    ("key_value", _plain((16, 28, 28), (7, 7, 7))): Tiles((4, 2, 4), (4, 4, 2), 1, 2, False),
 }
 
 
@@ -197,6 +212,11 @@ def can_lie_inside(axes: tuple[Axis, Axis, Axis], query: Extent, key: Extent) ->
     return all(q + k - axis.stride <= axis.kernel_size for q, k, axis in zip(query, key, axes, strict=True))
 
 
+def always_one_tile(axis: Axis, query: int, key: int) -> bool:
+    """Whether the windows of a tile of queries lie in one tile of keys on every map that has such an axis."""
+    return ceil((query - 1) / axis.stride) * axis.stride + axis.kernel_size <= key
+
+
 def estimated_time(
     axes: tuple[Axis, Axis, Axis], stationary: Extent, moving: Extent, over_keys: bool, candidate: Candidate
 ) -> float:
@@ -241,10 +261,13 @@ def ranked_tiles(kernel: str, workload: Workload) -> list[tuple[float, Tiles]]:
         for s in extents(candidate.stationary, three)
         for m in extents(candidate.moving, three)
     )
+    width = max(workload.head_dim, workload.head_dim_v)
     choices = []
     for cost, _, _, stationary, _, moving, c in ranked:
         query, key = (stationary, moving) if over_keys else (moving, stationary)
-        choices.append((cost, Tiles(query, key, c.num_warps, c.num_stages, c.bulk, c.max_registers, c.is_wide)))
+        # Limits were measured at head_dim 32, and that of the wide kernel at its own; they would make others spill.
+        registers = c.max_registers if c.is_wide or width <= 32 else None
+        choices.append((cost, Tiles(query, key, c.num_warps, c.num_stages, c.bulk, registers, c.is_wide)))
     return choices
 
 

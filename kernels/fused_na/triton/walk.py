@@ -2,11 +2,14 @@
 
 A box of tiles is given by its first members and the members where it ends. A program may walk through a box without a
 hole and through the hole afterwards, so that either loop knows something about its tiles. Steps are additions and
-selections: a division by a number that the compiler does not know costs about 15 instructions, on every thread.
+selections: a division by a number that the compiler does not know costs about 15 instructions, on every thread. What
+axes of small windows have, one tile for the whole box whatever the place, is known before: `ONE_TILE`.
 """
 
 import triton
 import triton.language as tl
+
+NEVER = tl.constexpr((False, False, False))
 
 
 @triton.jit
@@ -27,25 +30,36 @@ def interior(first, first_end, last_start, TILE: tl.constexpr):
 
 
 @triton.jit
-def count_tiles(begin, end, TILE: tl.constexpr):
+def count_tiles(begin, end, TILE: tl.constexpr, ONE_TILE: tl.constexpr):
     """Tiles that cover a box."""
-    t = tl.cdiv(end[0] - begin[0], TILE[0])
-    return t * tl.cdiv(end[1] - begin[1], TILE[1]) * tl.cdiv(end[2] - begin[2], TILE[2])
+    t = 1 if ONE_TILE[0] else tl.cdiv(end[0] - begin[0], TILE[0])
+    h = 1 if ONE_TILE[1] else tl.cdiv(end[1] - begin[1], TILE[1])
+    w = 1 if ONE_TILE[2] else tl.cdiv(end[2] - begin[2], TILE[2])
+    return t * h * w
 
 
 @triton.jit
-def part(first, stop, inner_begin, inner_end, TILE: tl.constexpr, INNER: tl.constexpr, INTERIOR: tl.constexpr):
+def part(
+    first,
+    stop,
+    inner_begin,
+    inner_end,
+    TILE: tl.constexpr,
+    ONE_TILE: tl.constexpr,
+    INNER: tl.constexpr,
+    INTERIOR: tl.constexpr,
+):
     """A walk through the box inside (`INNER`), through the box around it, or without `INTERIOR` through the whole box.
 
     Returns `((begin, end, hole_begin, hole_end), steps)`.
     """
     nothing = (0, 0, 0)
     if INNER:
-        return (inner_begin, inner_end, nothing, nothing), count_tiles(inner_begin, inner_end, TILE)
+        return (inner_begin, inner_end, nothing, nothing), count_tiles(inner_begin, inner_end, TILE, NEVER)
     if INTERIOR:
-        steps = count_tiles(first, stop, TILE) - count_tiles(inner_begin, inner_end, TILE)
+        steps = count_tiles(first, stop, TILE, ONE_TILE) - count_tiles(inner_begin, inner_end, TILE, NEVER)
         return (first, stop, inner_begin, inner_end), steps
-    return (first, stop, nothing, nothing), count_tiles(first, stop, TILE)
+    return (first, stop, nothing, nothing), count_tiles(first, stop, TILE, ONE_TILE)
 
 
 @triton.jit
@@ -69,7 +83,7 @@ def first_tile(walk):
 
 
 @triton.jit
-def next_tile(tile, walk, TILE: tl.constexpr):
+def next_tile(tile, walk, TILE: tl.constexpr, ONE_TILE: tl.constexpr):
     """First members of the tile after `tile`; beyond the box after the last one."""
     begin, end, hole_begin, hole_end = walk
     t, h, w = tile
@@ -77,11 +91,11 @@ def next_tile(tile, walk, TILE: tl.constexpr):
     in_rows = in_planes & (h >= hole_begin[1]) & (h < hole_end[1])
     w += TILE[2]
     w = tl.where(in_rows & (w == hole_begin[2]), hole_end[2], w)
-    ends_row = w >= end[2]
+    ends_row = True if ONE_TILE[2] else w >= end[2]
     w = tl.where(ends_row, begin[2], w)
     h = tl.where(ends_row, h + TILE[1], h)
     spans_rows = (hole_begin[2] == begin[2]) & (hole_end[2] >= end[2])
     h = tl.where(spans_rows & in_planes & (h == hole_begin[1]), hole_end[1], h)
-    ends_plane = h >= end[1]
+    ends_plane = ends_row if ONE_TILE[1] else h >= end[1]
     h = tl.where(ends_plane, begin[1], h)
     return _outside(tl.where(ends_plane, t + TILE[0], t), h, w, walk)
