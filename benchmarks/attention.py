@@ -5,7 +5,8 @@
 
 Cases are those of `problems.py`. Times are medians on the device, see `timing.py`; `x_NAME` is how many times as long
 NAME takes, and `natten_published_ms` are `problems.NATTEN_MS`. The file is written anew after each case. Exits with 1
-if fused_na is wrong or fails.
+if fused_na is wrong or fails. FlexAttention takes long to compile: processes with cases, providers and outputs of their
+own and the same `--turns FILE` compile side by side; while one is timed, the others stand still.
 """
 
 import argparse
@@ -21,6 +22,7 @@ from rich import box
 from rich.console import Console
 from rich.table import Table
 from timing import PASSES, measure, provenance
+from turns import join
 
 CASES = {name: problem for suite in SUITES.values() for name, problem in suite.items()}
 Row = dict[str, str | float]
@@ -31,9 +33,8 @@ def rows_of(case: str, problem: Problem, dtype: torch.dtype, has_rpb: bool, opti
     rows = []
     device = torch.device(options.device)
     for provider in options.providers:
-        results = measure(
-            problem, PROVIDERS[provider], options.passes, dtype, device, has_rpb, repeats=3 if options.quick else 20
-        )
+        repeats = 3 if options.quick else 20
+        results = measure(problem, PROVIDERS[provider], options.passes, dtype, device, has_rpb, repeats, options.turns)
         for name, result in results.items():
             row: Row = {"case": case, "provider": provider, "pass": name, "dtype": str(dtype).removeprefix("torch.")}
             row |= {"rpb": "with" if has_rpb else "without"} | result
@@ -93,6 +94,7 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--rpb", choices=["with", "without", "both"], default="both", help="relative positional bias")
     parser.add_argument("--quick", action="store_true", help="few repeats, for a first look")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--turns", type=Path, metavar="FILE", help="processes that name it take turns at timing")
     parser.add_argument("--commit", help="recorded instead of what git says, for a copy without its history")
     parser.add_argument("--out", type=Path, metavar="FILE.csv")
     options = parser.parse_args()
@@ -102,6 +104,7 @@ def parse_arguments() -> argparse.Namespace:
 
 def main() -> None:
     options = parse_arguments()
+    join(options.turns)
     suites = [name for name in SUITES if name != "smoke"] if options.suite == "all" else [options.suite]
     names = options.case or [name for suite in suites for name in SUITES[suite]]
     columns = ["case", "provider", "pass", "dtype", "rpb", "status", "ms", "host_ms", "tflops", "tb_per_s", "max_error"]

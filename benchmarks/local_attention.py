@@ -22,6 +22,7 @@ from problems import SUITES, Problem
 from providers import Provider, flex, fused_na, masked_sdpa, sequence
 from record import write_csv
 from timing import PASSES, measure, provenance
+from turns import join
 
 from fused_na.window import Axis
 
@@ -69,15 +70,18 @@ def main() -> None:
     parser.add_argument("--ways", nargs="+", choices=WAYS, default=list(WAYS))
     parser.add_argument("--quick", action="store_true", help="tiny problems and few repeats, for a first look on a CPU")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--turns", type=Path, metavar="FILE", help="processes that name it take turns at timing")
     parser.add_argument("--commit", help="recorded instead of what git says, for a copy without its history")
     options = parser.parse_args()
+    join(options.turns)
 
     device, dtype = torch.device(options.device), getattr(torch, options.dtype)
     where = provenance(device, options.commit)
     rows: list[Row] = []
     for name, problem in (TINY if options.quick else PROBLEMS).items():
         for way in options.ways:
-            results = measure(problem, WAYS[way], PASSES, dtype, device, repeats=3 if options.quick else 20)
+            repeats = 3 if options.quick else 20
+            results = measure(problem, WAYS[way], PASSES, dtype, device, False, repeats, options.turns)
             for which, result in results.items():
                 rows.append({"problem": name, "way": way, "pass": which, "dtype": options.dtype} | result | where)
     for row in rows:

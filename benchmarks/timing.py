@@ -3,6 +3,7 @@
 import sys
 from collections.abc import Callable, Sequence
 from math import ceil
+from pathlib import Path
 from statistics import median
 from time import perf_counter
 
@@ -11,6 +12,7 @@ from problems import Inputs, Problem
 from providers import Attend, Provider, Unsupported
 from record import environment
 from torch import Tensor
+from turns import alone
 
 PASSES = ("fwd", "bwd")
 GRAPH_BELOW = 8.0  # ms: shorter calls are timed inside a CUDA graph, where the host's overhead does not count
@@ -26,12 +28,14 @@ def measure(
     device: torch.device,
     has_rpb: bool = False,
     repeats: int = 20,
+    turns: Path | None = None,
 ) -> dict[str, dict[str, str | float]]:
     """Checks a provider on a problem, and if it is right, times it.
 
     Args:
         passes: of `PASSES`.
         repeats: timed rounds, of which the median is reported.
+        turns: a file of `turns.py`, for processes that compile side by side.
 
     Returns:
         By pass: `status` ("ok" or why there is no time), and if it is ok `ms` (GPU time), `host_ms` (time of an eager
@@ -47,11 +51,15 @@ def measure(
             wrong = ", ".join(f"{name} {e:.1e}" for name, e in found.items() if not e <= TOLERANCE[dtype])
             return {name: {"status": f"wrong: {wrong}", "max_error": error} for name in passes}
         forward = [_forward(attend, inputs) for inputs in rounds]
-        times = {"fwd": (milliseconds(forward, device, repeats), host_milliseconds(forward[0], device))}
-        if "bwd" in passes:
-            both = [_forward_and_backward(attend, inputs) for inputs in rounds]
-            total = milliseconds(both, device, repeats), host_milliseconds(both[0], device)
-            times["bwd"] = (total[0] - times["fwd"][0], total[1] - times["fwd"][1])
+        both = [_forward_and_backward(attend, inputs) for inputs in rounds] if "bwd" in passes else []
+        for calls in (forward, both):
+            if calls:
+                calls[0]()  # compiles what is still to be compiled
+        with alone(turns):
+            times = {"fwd": (milliseconds(forward, device, repeats), host_milliseconds(forward[0], device))}
+            if both:
+                total = milliseconds(both, device, repeats), host_milliseconds(both[0], device)
+                times["bwd"] = (total[0] - times["fwd"][0], total[1] - times["fwd"][1])
     except Unsupported as reason:
         return {name: {"status": f"skipped: {reason}"} for name in passes}
     except Exception as failure:  # refused arguments, out of memory, a kernel that does not compile: as many kinds

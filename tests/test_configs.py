@@ -35,7 +35,7 @@ IMAGENET = [name for name in IMAGENET if name not in ("recipe", "finetune_384")]
 VIDEO_SETS = ("kinetics400", "something_v2", "ucf101", "hmdb51")
 VIDEO = [f"{folder}/{path.stem}" for folder in VIDEO_SETS for path in sorted((EXPERIMENTS / folder).glob("*.yaml"))]
 VIDEO = [name for name in VIDEO if not name.endswith("/recipe")]
-ALL = ["digits", "moving_digits", *(f"imagenet/{name}" for name in IMAGENET), *VIDEO]
+ALL = ["digits", "digits_224", "moving_digits", *(f"imagenet/{name}" for name in IMAGENET), *VIDEO]
 DEBUG = sorted(path.stem for path in (REPOSITORY / "configs" / "debug").glob("*.yaml"))
 TINY = ["model.pretrained=false", "+model.model_kwargs.depths=[1,1,1,1]", "+model.model_kwargs.embed_dim=16"]
 TINY += ["+model.model_kwargs.num_heads=[1,2,4,8]"]
