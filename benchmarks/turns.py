@@ -3,9 +3,13 @@
 import fcntl
 import os
 import signal
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
+from types import FrameType
+
+import torch
 
 
 def join(file: Path | None) -> None:
@@ -17,6 +21,7 @@ def join(file: Path | None) -> None:
         return
     if os.getpgrp() != os.getpid():
         os.setpgrp()
+    signal.signal(signal.SIGUSR1, _stand_still)
     with file.open("a") as members:
         fcntl.flock(members, fcntl.LOCK_EX)
         members.write(f"{os.getpid()}\n")
@@ -34,14 +39,30 @@ def alone(file: Path | None) -> Iterator[None]:
     with file.open("r+") as members:
         fcntl.flock(members, fcntl.LOCK_EX)
         others = [int(line) for line in members if int(line) != os.getpid()]
-        _send(others, signal.SIGSTOP)
+        for process in others:
+            with suppress(ProcessLookupError):  # some are done
+                os.kill(process, signal.SIGUSR1)
+        while not all(map(_stands_still, others)):
+            time.sleep(0.01)
         try:
             yield
         finally:
-            _send(others, signal.SIGCONT)
+            for process in others:
+                with suppress(ProcessLookupError):
+                    os.killpg(process, signal.SIGCONT)
 
 
-def _send(groups: list[int], number: signal.Signals) -> None:
-    for group in groups:
-        with suppress(ProcessLookupError):  # some are done
-            os.killpg(group, number)
+def _stand_still(number: int, frame: FrameType | None) -> None:
+    """Lets the GPU finish what this process has asked of it, and stops the process and its children."""
+    if torch.cuda.is_initialized():
+        torch.cuda.synchronize()
+    os.killpg(os.getpgrp(), signal.SIGSTOP)
+
+
+def _stands_still(process: int) -> bool:
+    """Whether a process is stopped, or gone."""
+    try:
+        state = Path(f"/proc/{process}/stat").read_text().rpartition(")")[2].split()[0]
+    except (FileNotFoundError, ProcessLookupError):
+        return True
+    return state in "TZX"

@@ -131,9 +131,8 @@ def test_others_stand_still_while_one_is_timed(tmp_path: Path) -> None:
         try:
             assert counter.stdout is not None and counter.stdout.readline()
             with alone(file):
-                while state(counter.pid) != "T":  # a signal takes its time
-                    pass
-            while state(counter.pid) == "T":
+                assert state(counter.pid) == "T"
+            while state(counter.pid) == "T":  # a signal takes its time
                 pass
         finally:
             counter.kill()
