@@ -50,6 +50,8 @@ def test_only_a_gpu_that_has_nothing_to_do_waits(loader_is_slow):
     times, module, trainer = StepTimes(), Recorder("cuda"), SimpleNamespace(world_size=1)
     clock = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
     images, cycles = torch.zeros(8, 3, device="cuda"), 20_000_000
+    for _ in range(50):  # until the GPU has raised its clock
+        torch.cuda._sleep(cycles)
     clock[0].record()
     torch.cuda._sleep(cycles)
     clock[1].record()

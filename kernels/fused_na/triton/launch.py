@@ -14,7 +14,6 @@ from typing import Any, NamedTuple
 import torch
 import triton
 from torch import Tensor
-from torch.nn import functional as F
 from triton.compiler import CompiledKernel
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor as GluonTensorDescriptor
@@ -489,8 +488,8 @@ def unscaled(rpb: Tensor | None, scale: float) -> Tensor | None:
         margin += row * (size + 2 * LARGEST_TILE)
         row *= size
     margin += -margin % 4  # keeps the alignment
-    padded = F.pad((rpb.float() / scale).flatten(), (margin, margin))
-    return padded[margin : margin + rpb.numel()].view(rpb.shape)
+    room = torch.zeros(rpb.numel() + 2 * margin, dtype=torch.float32, device=rpb.device)
+    return room[margin : margin + rpb.numel()].view(rpb.shape).copy_(rpb).div_(scale)
 
 
 def forward(
