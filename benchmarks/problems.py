@@ -1,6 +1,7 @@
 """The attention problems that are timed: their shapes, inputs, useful work and NATTEN's figures."""
 
-from dataclasses import dataclass
+import random
+from dataclasses import dataclass, replace
 from math import prod
 from typing import NamedTuple
 
@@ -121,6 +122,35 @@ SUITES = {
         "tiny_3d": Problem(1, (Axis(4, 3, 1, 1, True), Axis(5, 3), Axis(6, 2, 2)), 2, 16),
     },
 }
+
+
+def random_problem(seed: int) -> Problem:
+    """A sequence, map or clip with windows of up to 512 tokens at head_dim 32, or larger ones at head_dim 64 or 128, in
+    as many samples as make about 100 MB of tensors or 2 TFLOP."""
+    draw = random.Random(seed)
+    rank, is_small = 1 + seed % 3, draw.random() < 0.6
+    lengths, sizes = {
+        (1, True): ([(256, 4096)], [(3, 255)]),
+        (2, True): ([(14, 112)] * 2, [(3, 13)] * 2),
+        (3, True): ([(4, 32), (14, 56), (14, 56)], [(2, 7), (3, 7), (3, 7)]),
+        (1, False): ([(4096, 32768)], [(256, 2048)]),
+        (2, False): ([(64, 192)] * 2, [(23, 64)] * 2),
+        (3, False): ([(8, 32), (24, 64), (24, 64)], [(4, 8), (11, 24), (11, 24)]),
+    }[rank, is_small]
+    is_strided, is_dilated = draw.random() < 0.25, is_small and draw.random() < 0.25
+    axes = []
+    for length_bounds, size_bounds in zip(lengths, sizes, strict=True):
+        length = draw.randint(*length_bounds)
+        size = draw.randint(size_bounds[0], min(length, size_bounds[1]))
+        stride = draw.randint(1, size) if is_strided else 1
+        axes.append(Axis(length, size, stride, draw.randint(1, length // size) if is_dilated else 1))
+    if draw.random() < 0.2:
+        axes[0] = axes[0]._replace(is_causal=True)
+    head_dim = 32 if is_small else draw.choice([64, 128])
+    one = Problem(1, tuple(axes), draw.choice([1, 2, 4, 8]), head_dim)
+    batch = min(100e6 / one.bytes(False, 2), 2e12 / one.flops(False))
+    return replace(one, batch=max(1, round(batch)))
+
 
 # NATTEN 0.21.7, built from source: milliseconds in bfloat16 on one H100 80GB, forward and backward, the best of all its
 # configurations for Hopper (token permutation included), on contiguous inputs; measured as `timing.py` does.

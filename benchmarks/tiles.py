@@ -1,6 +1,7 @@
 """How near the shipped choice of tiles comes to the best that a search finds, kernel by kernel.
 
     python benchmarks/tiles.py --case img_s1,vid_s1 --rpb with --out results/tiles.csv
+    python benchmarks/tiles.py --out results/tiles.csv      # all cases, and 30 random problems
 
 Every choice runs on the same tensors; its result is compared with the shipped choice's, which the tests hold against
 the reference; it is timed as in `timing.py`. Rows are the shipped choice and the fastest others. Processes of their own
@@ -17,7 +18,7 @@ from pathlib import Path
 import torch
 import triton
 from attention import CASES, Row, listed, print_table
-from problems import Problem
+from problems import Problem, random_problem
 from record import write_csv
 from timing import milliseconds, provenance
 from torch import Tensor
@@ -25,6 +26,7 @@ from torch import Tensor
 from fused_na.triton import launch
 from fused_na.triton.tiles import Tiles, as_three_axes, choose_tiles, executed_scores, extents, regime
 
+PROBLEMS = CASES | {f"random_{seed}": random_problem(seed) for seed in range(30)}
 RESULTS = {
     "forward": ("output", "lse"),
     "query": ("grad_query", "delta"),
@@ -107,7 +109,7 @@ class Subject:
 
 def rows_of(case: str, kernel: str, has_rpb: bool, top: int, device: torch.device, dtype: torch.dtype) -> list[Row]:
     """The shipped choice and the `top` fastest others."""
-    subject = Subject(CASES[case], kernel, has_rpb, device, dtype)
+    subject = Subject(PROBLEMS[case], kernel, has_rpb, device, dtype)
     subject.prepare(subject.shipped)
     expected = subject.results()
     rows: list[Row] = []
@@ -139,7 +141,7 @@ def rows_of(case: str, kernel: str, has_rpb: bool, top: int, device: torch.devic
 def compile_share(jobs: list, device: torch.device, dtype: torch.dtype, share: int, shares: int) -> None:
     """Runs a share of all choices once, so that their kernels are in Triton's cache."""
     for case, kernel, has_rpb in jobs:
-        subject = Subject(CASES[case], kernel, has_rpb, device, dtype)
+        subject = Subject(PROBLEMS[case], kernel, has_rpb, device, dtype)
         for tiles in list(subject.candidates())[share::shares]:
             with suppress(triton.runtime.errors.OutOfResources):
                 subject.prepare(tiles)
@@ -147,7 +149,9 @@ def compile_share(jobs: list, device: torch.device, dtype: torch.dtype, share: i
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--case", type=listed(CASES), required=True, metavar="NAME,...", help=f"of {', '.join(CASES)}")
+    parser.add_argument(
+        "--case", type=listed(PROBLEMS), metavar="NAME,...", help=f"of {', '.join(PROBLEMS)} (default: all)"
+    )
     parser.add_argument("--kernels", type=listed(RESULTS), default=list(RESULTS), metavar="NAME,...")
     parser.add_argument("--rpb", choices=["with", "without"], default="without", help="relative positional bias")
     parser.add_argument("--dtype", choices=["bfloat16", "float16", "float32"], default="bfloat16")
@@ -159,7 +163,8 @@ def main() -> None:
     options = parser.parse_args()
     has_rpb = options.rpb == "with"
     kernels = [kernel for kernel in options.kernels if has_rpb or kernel != "bias"]
-    jobs = [(case, kernel, has_rpb) for case in options.case for kernel in kernels]
+    cases = options.case or [name for name in PROBLEMS if not name.startswith("tiny")]
+    jobs = [(case, kernel, has_rpb) for case in cases for kernel in kernels]
 
     context = get_context("spawn")
     where = torch.device(options.device), getattr(torch, options.dtype)
@@ -191,6 +196,12 @@ def main() -> None:
     if options.out:
         write_csv(options.out, [{name: row.get(name, "") for name in [*columns, "max_error"]} | found for row in rows])
     print_table(rows, columns)
+    others = [row for row in rows if "times_shipped" in row and row.get("choice") != "shipped"]
+    if others:
+        best = min(others, key=lambda row: row["times_shipped"])
+        print(
+            f"Furthest from the best found: {best['case']} {best['kernel']}, {1 / best['times_shipped']:.3f} of its time"
+        )
 
 
 if __name__ == "__main__":

@@ -18,7 +18,7 @@ from fused_na.window import Axis
 BENCHMARKS = Path(__file__).parent.parent / "benchmarks"
 sys.path.insert(0, str(BENCHMARKS))
 
-from problems import NATTEN_MS, SUITES, Problem  # noqa: E402
+from problems import NATTEN_MS, SUITES, Problem, random_problem  # noqa: E402
 from providers import Attend, Unsupported, flex, fused_na, masked_sdpa, rule, sdpa, sequence  # noqa: E402
 from timing import errors, measure  # noqa: E402
 
@@ -65,6 +65,16 @@ def test_cases() -> None:
     assert image.pairs == 56 * 56 * 49
     assert image.flops(backward=False) == 4 * 128 * 2 * 56 * 56 * 49 * 32
     assert image.bytes(backward=False, itemsize=2) == 4 * 128 * 56 * 56 * 2 * 32 * 2
+
+
+def test_random_problems_are_legal_and_always_the_same() -> None:
+    found = [random_problem(seed) for seed in range(60)]
+    assert found == [random_problem(seed) for seed in range(60)] and len(set(found)) == len(found)
+    for problem in found:
+        assert all(x.stride <= x.kernel_size and x.kernel_size * x.dilation <= x.length for x in problem.axes)
+        assert problem.bytes(backward=False, itemsize=2) < 300e6 and problem.flops(backward=False) < 3e12
+    axes = [axis for problem in found for axis in problem.axes]
+    assert any(x.stride > 1 for x in axes) and any(x.dilation > 1 for x in axes) and any(x.is_causal for x in axes)
 
 
 def test_inputs_are_slices_of_one_projection() -> None:
