@@ -65,15 +65,15 @@ class Subject:
         return choose_tiles(self.kernel, self.geometry.workload)
 
     def candidates(self) -> Iterator[Tiles]:
-        """The shipped choice, then for each number of rows, warps and stages the extents that execute least."""
+        """The shipped choice, then for each number of rows, warps and stages the extents that execute least, with bulk
+        copies where these can be."""
         yield self.shipped
         axes = as_three_axes(self.problem.axes)
         workload, over_keys = self.geometry.workload, self.kernel != "key_value"
         is_small = regime(workload).startswith("small")
         found = {self.shipped}
-        for (rows, moving, warps), stages, bulk in product(SMALL if is_small else LARGE, (2, 3), (True, False)):
-            if bulk and self.geometry.groups > 1:
-                continue
+        bulk = self.geometry.groups == 1
+        for (rows, moving, warps), stages in product(SMALL if is_small else LARGE, (2, 3)):
             tilings = sorted(
                 (executed_scores(axes, s, m, over_keys), -m[2], -s[2], s, m)
                 for s in extents(rows, axes)
@@ -83,7 +83,7 @@ class Subject:
                 continue
             *_, s, m = tilings[0]
             query, key = (s, m) if over_keys else (m, s)
-            for registers in REGISTERS if is_small else (None,):
+            for registers in REGISTERS if is_small and rows * moving <= 1024 else (None,):
                 tiles = Tiles(query, key, warps, stages, bulk, registers)
                 if tiles not in found:
                     found.add(tiles)
