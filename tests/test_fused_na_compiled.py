@@ -56,6 +56,13 @@ def dump(kernel: CompiledKernel, what: str) -> str:
         return subprocess.run([CUOBJDUMP, what, file.name], capture_output=True, text=True, check=True).stdout
 
 
+def spilled_bytes(kernel: CompiledKernel) -> int:
+    """What a thread keeps in memory for lack of registers."""
+    found = re.search(r"STACK:(\d+)", dump(kernel, "-res-usage"))
+    assert found is not None
+    return int(found[1])
+
+
 @pytest.mark.parametrize(
     ("axes", "head_dim", "has_rpb", "is_wide"),
     [
@@ -76,14 +83,37 @@ def test_forward(
     launch.plan.cache_clear()
     launch.forward(query, key, value, axes, head_dim**-0.5, rpb, None, None)
     (kernel,) = compiled
-    spilled = re.search(r"STACK:(\d+)", dump(kernel, "-res-usage"))  # bytes of a thread, for lack of registers
-    assert spilled is not None and int(spilled[1]) <= 8
+    assert spilled_bytes(kernel) <= 8
     assert kernel.metadata.shared <= 232448
     assert ("setmaxnreg" in kernel.asm["ptx"]) == is_wide
     assert ("wgmma.mma_async" in kernel.asm["ptx"]) == (head_dim > 32)
 
 
-def test_only_hopper_has_the_wide_kernel(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize(
+    "axes",
+    [
+        (Axis(96, 48, 16), Axis(96, 48, 16)),
+        (Axis(96, 49), Axis(96, 48)),
+        (Axis(30, 18, 1, 1, True), Axis(48, 24), Axis(80, 24)),
+        (Axis(8192, 2048),),
+    ],
+    ids=["strided", "map", "causal clip", "sequence"],
+)
+def test_wide_backward(compiled: list[CompiledKernel], axes: tuple[Axis, ...], dtype: torch.dtype) -> None:
+    """Large windows get the wide kernels, which spill next to nothing and whose products ptxas keeps in flight."""
+    query, key, value = torch.empty(1, *(axis.length for axis in axes), 3, 2, 128, dtype=dtype).unbind(-3)
+    output, lse = torch.empty(query.shape, dtype=dtype), torch.empty(query.shape[:-1])
+    launch.plan.cache_clear()
+    launch.backward(output, lse, query, key, value, axes, 0.1, None, None, None, output, lse, False)
+    assert len(compiled) == 2
+    for kernel in compiled:
+        assert "setmaxnreg" in kernel.asm["ptx"]
+        assert spilled_bytes(kernel) <= 32
+        assert re.search(r"WARPGROUP.DEPBAR.LE gsb0, 0x2", dump(kernel, "-sass"))  # else one waits for another
+
+
+def test_only_hopper_has_the_wide_kernels(monkeypatch: pytest.MonkeyPatch) -> None:
     axes = (Axis(64, 40), Axis(64, 40))
     query = torch.empty(1, 64, 64, 3, 2, 128, dtype=torch.bfloat16).unbind(-3)[0]
     tensors: launch.Tensors = dict(query=query, key=query, value=query, rpb=None)
@@ -91,5 +121,5 @@ def test_only_hopper_has_the_wide_kernel(monkeypatch: pytest.MonkeyPatch) -> Non
     for capability, is_wide in ((8, False), (9, True), (10, False), (12, False)):
         monkeypatch.setattr(launch, "_capability", lambda device, capability=capability: capability)
         workload = launch.Geometry(launch.problem_of(axes, 1.0, tensors)).workload
-        assert choose_tiles("forward", workload).is_wide == is_wide
-        assert not choose_tiles("query", workload).is_wide
+        for kernel in ("forward", "query", "key_value"):
+            assert choose_tiles(kernel, workload).is_wide == is_wide

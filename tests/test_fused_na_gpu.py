@@ -199,7 +199,7 @@ def test_benchmark_workloads(name: str, has_rpb: bool, monkeypatch: pytest.Monke
 
 
 _FEW = dict(batch=2, heads=2, heads_kv=2, head_dim=128, head_dim_v=128)
-WIDE = {  # what the wide forward kernel takes: one to many tiles of keys, with and without tiles inside all windows
+WIDE = {  # what the wide kernels take: one to many tiles of keys, with and without tiles inside all windows
     "one tile": Problem((64,), (32,), (1,), (1,), (False,), **_FEW),
     "two tiles": Problem((300,), (140,), (1,), (1,), (False,), **_FEW),
     "shared heads": Problem((1000,), (411,), (1,), (1,), (False,), **_FEW | dict(heads=6)),
@@ -220,7 +220,7 @@ WIDE = {  # what the wide forward kernel takes: one to many tiles of keys, with 
 @pytest.mark.parametrize("layout", ["packed", "heads first"])
 @pytest.mark.parametrize("problem", WIDE.values(), ids=WIDE.keys())
 def test_wide_windows(problem: Problem, layout: str) -> None:
-    """Through the wide kernel, and where heads do not lie side by side, without it."""
+    """Through the wide kernels, and where heads do not lie side by side, without it."""
     for dtype, tolerance in ((torch.bfloat16, 1e-2), (torch.float16, 2e-3)):
         found = errors(problem, replace(problem, layout=layout).inputs(dtype, DEVICE))
         assert max(found.values()) < tolerance, found

@@ -1,20 +1,11 @@
-"""The forward kernel for large windows on Hopper, in Gluon: one warp copies tiles, two warpgroups attend.
+"""The forward kernel for large windows on Hopper, in Gluon; see `wide.py`.
 
-A program's queries are two boxes of 64 side by side, one for each warpgroup. A producer warp goes through the tiles of
-the union of their windows and copies keys and values into a ring of stages in shared memory. Each warpgroup has the
-product of the next scores and that of the last probabilities with their values in flight while it works on the softmax
-between them, as in FlashAttention-3 (https://arxiv.org/abs/2407.08608, section 3.2).
+Each warpgroup has the product of the next scores and that of the last probabilities with their values in flight while
+it works on the softmax between them, as in FlashAttention-3 (https://arxiv.org/abs/2407.08608, section 3.2).
 
 Of `steps` tiles, step `i` in `0 .. steps` reads keys `i` and values `i - 1`, so these share a stage of the ring and its
-barriers: step 0 has no values, step `steps` no keys.
-
-Barriers. A wait for parity `p` returns once the current phase is not of parity `p`: phases count from 0, so on a new
-barrier a wait for parity 1 is over at once. Nobody is ever two phases behind a barrier.
-- `full[s]`, one arrival a phase (the producer's, with the bytes of its copies): step `i` is phase `i // STAGES` of
-  stage `i % STAGES`; its readers wait for parity `i // STAGES % 2`, each once and in order.
-- `empty[s]`, two arrivals a phase, the warpgroups': step `i` may be filled once phase `i // STAGES - 1` is over, that
-  is when both are done with step `i - STAGES`; parity `(i // STAGES + 1) % 2`, over at once in the first round.
-  Warpgroups release step `i - 1` in step `i` and wait for step `i + 1` at its end, which takes two stages.
+barriers: step 0 has no values, step `steps` no keys. Warpgroups release step `i - 1` in step `i` and wait for step
+`i + 1` at its end, which takes two stages.
 """
 
 from triton.experimental import gluon
@@ -27,84 +18,28 @@ from triton.experimental.gluon.language.nvidia.hopper import (
     warpgroup_mma_wait,
 )
 
-from fused_na.triton.neighborhood import below, clamped, divided, locate, mask, offset, unravel, windows
-from fused_na.triton.walk import NEVER, first_tile, interior, next_tile, part
-
-LOG2_E = gl.constexpr(1.4426950408889634)
-REGISTERS = gl.constexpr((240, 24))  # of a thread of the warpgroups that attend, and of the producer
-
-
-@gluon.jit
-def place_of(lengths, heads, divisors, QUERY_TILE: gl.constexpr):
-    """Batch, head and first query of the program."""
-    rest, _, _, begin = locate(gl.program_id(0), lengths, (1, 1, 1), divisors, QUERY_TILE, False)
-    batch = divided(rest, divisors[6])
-    return batch, rest - batch * heads, begin
-
-
-@gluon.jit
-def walks(
-    begin,
-    lengths,
-    KERNEL: gl.constexpr,
-    STRIDE: gl.constexpr,
-    CAUSAL: gl.constexpr,
-    QUERY_TILE: gl.constexpr,
-    KEY_TILE: gl.constexpr,
-    INTERIOR: gl.constexpr,
-):
-    """Walks through a program's key tiles, first those that need masks and then those inside all windows, with their
-    numbers of steps, and the first tile of all."""
-    first, first_end = windows(begin, lengths, KERNEL, STRIDE, CAUSAL)
-    last = clamped(begin, (QUERY_TILE[0] - 1, QUERY_TILE[1] - 1, QUERY_TILE[2] - 1), lengths)
-    last_start, stop = windows(last, lengths, KERNEL, STRIDE, CAUSAL)
-    inner_begin, inner_end = interior(first, first_end, last_start, KEY_TILE)
-    outer, outer_steps = part(first, stop, inner_begin, inner_end, KEY_TILE, NEVER, False, INTERIOR)
-    inner, inner_steps = part(first, stop, inner_begin, inner_end, KEY_TILE, NEVER, True, True)
-    if not INTERIOR:
-        inner_steps = outer_steps * 0
-    t, h, w = first_tile(outer)
-    is_outer = outer_steps > 0
-    tile = gl.where(is_outer, t, first[0]), gl.where(is_outer, h, first[1]), gl.where(is_outer, w, first[2])
-    return outer, outer_steps, inner, inner_steps, tile
-
-
-@gluon.jit
-def box_begin(begin, index, QUERY_TILE: gl.constexpr, BOX: gl.constexpr):
-    """First query of a warpgroup's box."""
-    t: gl.constexpr = BOX[0] if QUERY_TILE[0] > BOX[0] else 0
-    h: gl.constexpr = BOX[1] if QUERY_TILE[1] > BOX[1] else 0
-    w: gl.constexpr = BOX[2] if QUERY_TILE[2] > BOX[2] else 0
-    return begin[0] + index * t, begin[1] + index * h, begin[2] + index * w
-
-
-@gluon.jit
-def wait_empty(ring, step, bytes, STAGES: gl.constexpr):
-    """Waits until a step's stage may be filled, and announces what will be; returns the stage."""
-    _, _, full, empty = ring
-    stage = step % STAGES
-    mbarrier.wait(empty.index(stage), (step // STAGES + 1) % 2)
-    mbarrier.expect(full.index(stage), bytes)
-    return stage
-
-
-@gluon.jit
-def wait_full(ring, step, STAGES: gl.constexpr):
-    """Waits for the keys and values of a step."""
-    mbarrier.wait(ring[2].index(step % STAGES), step // STAGES % 2)
-
-
-@gluon.jit
-def copy_tile(tensor, buffers, full, stage, batch, tile, head):
-    """Starts the copy of a tile of one head into a stage."""
-    place = [batch, tile[0], tile[1], tile[2], head * tensor.block_type.shape[4]]
-    tma.async_copy_global_to_shared(tensor, place, full.index(stage), buffers.index(stage))
+from fused_na.triton.neighborhood import below, clamped, mask, offset, unravel, windows
+from fused_na.triton.walk import NEVER, first_tile, next_tile
+from fused_na.triton.wide import (
+    LOG2_E,
+    REGISTERS,
+    add_product,
+    box_begin,
+    copy_tile,
+    matrix,
+    packed,
+    place_of,
+    store_box,
+    wait_empty,
+    wait_full,
+    walks,
+)
 
 
 @gluon.jit
 def fill(key, value, ring, step, batch, key_tile, value_tile, head, STAGES: gl.constexpr):
     """Copies the keys and values of a step."""
-    stage = wait_empty(ring, step, key.block_type.nbytes + value.block_type.nbytes, STAGES)
+    stage = wait_empty(ring[2], ring[3], step, key.block_type.nbytes + value.block_type.nbytes, STAGES)
     copy_tile(key, ring[0], ring[2], stage, batch, key_tile, head)
     copy_tile(value, ring[1], ring[2], stage, batch, value_tile, head)
 
@@ -137,10 +72,10 @@ def produce(
 
     head_kv = head // HEADS_PER_KV
     outer, outer_steps, inner, inner_steps, tile = walks(
-        begin, lengths, KERNEL, STRIDE, CAUSAL, QUERY_TILE, KEY_TILE, INTERIOR
+        begin, lengths, KERNEL, STRIDE, CAUSAL, QUERY_TILE, KEY_TILE, INTERIOR, False
     )
     steps = outer_steps + inner_steps
-    stage = wait_empty(ring, 0, key.block_type.nbytes, STAGES)
+    stage = wait_empty(ring[2], ring[3], 0, key.block_type.nbytes, STAGES)
     copy_tile(key, ring[0], ring[2], stage, batch, tile, head_kv)
     for step in range(1, outer_steps):
         upcoming = next_tile(tile, outer, KEY_TILE, NEVER)
@@ -154,7 +89,7 @@ def produce(
             fill(key, value, ring, step, batch, upcoming, tile, head_kv, STAGES)
             tile = upcoming
             upcoming = next_tile(tile, inner, KEY_TILE, NEVER)
-    stage = wait_empty(ring, steps, value.block_type.nbytes, STAGES)
+    stage = wait_empty(ring[2], ring[3], steps, value.block_type.nbytes, STAGES)
     copy_tile(value, ring[1], ring[2], stage, batch, tile, head_kv)
 
 
@@ -174,26 +109,6 @@ def sums_of_threads(probabilities):
 
 
 @gluon.jit
-def packed(probabilities, dtype: gl.constexpr):
-    """Rounded probabilities, two to an int32: half as many registers from one step to the next."""
-    name: gl.constexpr = "bf16x2" if dtype == gl.bfloat16 else "f16x2"
-    even, odd = gl.split(probabilities.reshape([probabilities.shape[0], probabilities.shape[1] // 2, 2]))
-    return gl.inline_asm_elementwise(
-        "cvt.rn." + name + ".f32 $0, $2, $1;", "=r,r,r", [even, odd], dtype=gl.int32, is_pure=True, pack=1
-    )
-
-
-@gluon.jit
-def unpacked(pairs, dtype: gl.constexpr):
-    """The inverse of `packed`."""
-    even, odd = gl.inline_asm_elementwise(
-        "mov.b32 {$0, $1}, $2;", "=h,=h,r", [pairs], dtype=(gl.int16, gl.int16), is_pure=True, pack=1
-    )
-    both = gl.join(even.to(dtype, bitcast=True), odd.to(dtype, bitcast=True))
-    return both.reshape([pairs.shape[0], pairs.shape[1] * 2])
-
-
-@gluon.jit
 def softmax(scores, dtype: gl.constexpr, factor, highest, total):
     """Packed probabilities of scores that are yet to be multiplied by `factor > 0`, the new highest scores and sums of
     rows, and what all that came before is to be multiplied by."""
@@ -203,15 +118,6 @@ def softmax(scores, dtype: gl.constexpr, factor, highest, total):
     total_row: gl.constexpr = gl.SliceLayout(1, total.type.layout)
     total = total * gl.convert_layout(rescale, total_row, assert_trivial=True)[:, None]
     return packed(probabilities, dtype), new_highest, total + sums_of_threads(probabilities), rescale
-
-
-@gluon.jit
-def add_values(probabilities, values, stage, accumulator):
-    """Starts the product of packed probabilities with a stage's values."""
-    operand: gl.constexpr = gl.DotOperandLayout(0, accumulator.type.layout, 2)
-    left = gl.convert_layout(unpacked(probabilities, values.dtype), operand, assert_trivial=True)
-    v = values.index(stage).reshape([left.shape[1], accumulator.shape[1]])
-    return warpgroup_mma(left, v, accumulator, is_async=True)
 
 
 @gluon.jit
@@ -238,15 +144,16 @@ def attend_step(
         initial = mask(start, end, tile, key_inner, QUERY_TILE, KEY_TILE)
     else:
         initial = gl.full([q.shape[0], KEYS], 0.0, gl.float32, score_layout)
-    k = keys.index(step % STAGES).reshape([KEYS, accumulator.shape[1]])
+    k = matrix(keys, step % STAGES, KEYS, accumulator.shape[1])
     scores = warpgroup_mma(q, k.permute((1, 0)), initial, use_acc=MASKED, is_async=True)
-    accumulator = add_values(probabilities, values, step % STAGES, accumulator)
+    v = matrix(values, step % STAGES, KEYS, accumulator.shape[1])
+    accumulator = add_product(probabilities, v, accumulator)
     mbarrier.arrive(empty.index((step - 1) % STAGES))
 
     scores = warpgroup_mma_wait(1, deps=[scores])
     state = softmax(scores, values.dtype, factor, highest, total)
     # ptxas would move the softmax behind the second wait for products, but not across this one for a barrier.
-    wait_full(ring, step + 1, STAGES)
+    wait_full(ring[2], step + 1, STAGES)
     accumulator = warpgroup_mma_wait(0, deps=[accumulator])
     row: gl.constexpr = gl.SliceLayout(1, accumulator.type.layout)
     return state, accumulator * gl.convert_layout(state[3], row, assert_trivial=True)[:, None]
@@ -284,7 +191,7 @@ def attend(
 
     batch, head, begin = place_of(lengths, heads, divisors, QUERY_TILE)
     outer, outer_steps, inner, inner_steps, tile = walks(
-        begin, lengths, KERNEL, STRIDE, CAUSAL, QUERY_TILE, KEY_TILE, INTERIOR
+        begin, lengths, KERNEL, STRIDE, CAUSAL, QUERY_TILE, KEY_TILE, INTERIOR, False
     )
     steps = outer_steps + inner_steps
 
@@ -296,17 +203,17 @@ def attend(
 
     factor = scale * LOG2_E
     keys, values, full, _ = ring
-    q = queries.index(INDEX).reshape([QUERIES, HEAD_DIM])
+    q = matrix(queries, INDEX, QUERIES, HEAD_DIM)
     mbarrier.wait(query_full.index(INDEX), 0)
-    mbarrier.wait(full.index(0), 0)
-    k = keys.index(0).reshape([KEYS, HEAD_DIM])
+    wait_full(full, 0, STAGES)
+    k = matrix(keys, 0, KEYS, HEAD_DIM)
     initial = mask(start, end, tile, key_inner, QUERY_TILE, KEY_TILE)
     scores = warpgroup_mma(q, k.permute((1, 0)), initial, is_async=True)
     scores = warpgroup_mma_wait(0, deps=[scores])
     highest = gl.full([QUERIES], -1e30, gl.float32, row_layout)
     state = softmax(scores, values.dtype, factor, highest, gl.zeros_like(sums_of_threads(scores)))
     accumulator = gl.zeros([QUERIES, HEAD_DIM], gl.float32, output_layout)
-    wait_full(ring, 1, STAGES)
+    wait_full(ring[2], 1, STAGES)
 
     for step in range(1, outer_steps):
         tile = next_tile(tile, outer, KEY_TILE, NEVER)
@@ -321,16 +228,13 @@ def attend(
                 q, ring, step, masks, factor, state, accumulator, score_layout, QUERY_TILE, KEY_TILE, False, STAGES
             )
     probabilities, highest, total, _ = state
-    accumulator = add_values(probabilities, values, steps % STAGES, accumulator)
+    v = matrix(values, steps % STAGES, KEYS, HEAD_DIM)
+    accumulator = add_product(probabilities, v, accumulator)
     accumulator = warpgroup_mma_wait(0, deps=[accumulator])
     total = gl.convert_layout(gl.sum(total, 1), row_layout, assert_trivial=True)
 
-    # The output leaves through the place of the queries, which this warpgroup alone has read.
     accumulator = accumulator * gl.convert_layout(1.0 / total, gl.SliceLayout(1, output_layout))[:, None]
-    q.store(accumulator.to(output.dtype))
-    fence_async_shared()
-    place = [batch, own[0], own[1], own[2], head * HEAD_DIM]
-    tma.async_copy_shared_to_global(output, place, queries.index(INDEX))
+    store_box(output, accumulator, queries, INDEX, batch, own, head)
     tokens = lengths[2].to(gl.int64) * lengths[1] * lengths[0]
     row = offset(token, (lengths[1] * lengths[2], lengths[2], 1), WIDE)
     lse_row = lse + (batch.to(gl.int64) * heads + head) * tokens + row

@@ -23,6 +23,8 @@ from fused_na.triton import autotune
 from fused_na.triton.backward import additional_kernel, bias_fold_kernel, bias_kernel, key_value_kernel, query_kernel
 from fused_na.triton.forward import forward_kernel
 from fused_na.triton.forward_wide import forward_wide_kernel
+from fused_na.triton.key_value_wide import key_value_wide_kernel
+from fused_na.triton.query_wide import query_wide_kernel
 from fused_na.triton.tiles import (
     HOPPER_SHARED_MEMORY,
     Extent,
@@ -33,6 +35,7 @@ from fused_na.triton.tiles import (
     block_width,
     can_lie_inside,
     choose_tiles,
+    half,
 )
 from fused_na.window import Axis, group_members
 
@@ -218,7 +221,7 @@ class Geometry:
             and self.groups == 1
             and not has_rpb
             and problem.additional_keys is None
-            and all(map(self.can_copy_in_bulk, (query, key, value)))
+            and all(map(self.can_copy_in_bulk, layouts.values()))
         )
         self.workload = Workload(
             problem.axes, self.head_dim, self.head_dim_v, itemsize, has_rpb, shared_memory, is_wide
@@ -381,15 +384,30 @@ def _shared_memory(device: torch.device) -> int:
 def _forward(geometry: Geometry, tiles: Tiles) -> Prepared:
     moving = {"key": tiles.key, "value": tiles.key}
     if tiles.is_wide:
-        boxes = {"query": tiles.box, "output": tiles.box}
-        wide = geometry.launch(forward_wide_kernel, tiles, tiles.query, geometry.heads, moving | boxes, BOX=tiles.box)
-        return Prepared([wide])
+        return _wide(geometry, forward_wide_kernel, tiles, tiles.query, geometry.heads, moving, ("query", "output"))
     own = "query", "output"
     return Prepared([geometry.launch(forward_kernel, tiles, tiles.query, geometry.heads, moving, own)])
 
 
+def _wide(
+    geometry: Geometry,
+    kernel: Any,
+    tiles: Tiles,
+    own: Extent,
+    heads: int,
+    moving: dict[str, Extent],
+    own_tensors: tuple[str, ...],
+) -> Prepared:
+    """A kernel whose two warpgroups have half of the own tile each."""
+    box = half(own)
+    return Prepared([geometry.launch(kernel, tiles, own, heads, moving | dict.fromkeys(own_tensors, box), BOX=box)])
+
+
 def _query(geometry: Geometry, tiles: Tiles) -> Prepared:
     moving = {"key": tiles.key, "value": tiles.key}
+    if tiles.is_wide:
+        own = "query", "grad_output", "grad_query"
+        return _wide(geometry, query_wide_kernel, tiles, tiles.query, geometry.heads, moving, own)
     own = "query", "grad_output", "output", "grad_query"
     return Prepared([geometry.launch(query_kernel, tiles, tiles.query, geometry.heads, moving, own)])
 
@@ -397,6 +415,8 @@ def _query(geometry: Geometry, tiles: Tiles) -> Prepared:
 def _key_value(geometry: Geometry, tiles: Tiles) -> Prepared:
     moving = {"query": tiles.query, "grad_output": tiles.query}
     own = "key", "value", "grad_key", "grad_value"
+    if tiles.is_wide:
+        return _wide(geometry, key_value_wide_kernel, tiles, tiles.key, geometry.heads_kv, moving, own)
     return Prepared([geometry.launch(key_value_kernel, tiles, tiles.key, geometry.heads_kv, moving, own)])
 
 

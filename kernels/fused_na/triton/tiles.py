@@ -20,7 +20,7 @@ class Workload(NamedTuple):
     itemsize: int  # bytes of an element, 2 or 4
     has_rpb: bool = False
     shared_memory: int = HOPPER_SHARED_MEMORY
-    is_wide: bool = False  # whether forward can take the kernel in `forward_wide.py`
+    is_wide: bool = False  # whether the kernels of `wide.py` can be taken
 
 
 class Tiles(NamedTuple):
@@ -32,14 +32,7 @@ class Tiles(NamedTuple):
     num_stages: int
     bulk: bool = False  # load through the bulk copy engine where the machine and the layout allow it
     max_registers: int | None = None  # of a thread; fewer let more programs run at once, None leaves it to the compiler
-    is_wide: bool = False  # whether forward takes the kernel in `forward_wide.py`
-
-    @property
-    def box(self) -> Extent:
-        """Half of the query tile, as the wide kernel's warpgroups divide it: along the first axis that it can."""
-        axis = next(i for i, size in enumerate(self.query) if size > 1)
-        t, h, w = (size // 2 if i == axis else size for i, size in enumerate(self.query))
-        return t, h, w
+    is_wide: bool = False  # whether it is one of the kernels of `wide.py`
 
 
 class Candidate(NamedTuple):
@@ -103,13 +96,29 @@ CANDIDATES = {
         Candidate(64, 64, 4, 3, True, 480),
         Candidate(64, 64, 4, 2, True, 390),
     ],
-    ("query", "sequence"): [Candidate(64, 64, 4, 2, True, 300), Candidate(64, 32, 4, 2, True, 200)],
-    ("key_value", "sequence"): [Candidate(64, 64, 4, 2, True, 160), Candidate(64, 32, 4, 2, True, 110)],
+    ("query", "sequence"): [
+        Candidate(128, 64, 4, 4, True, 360, 168, is_wide=True),
+        Candidate(64, 64, 4, 2, True, 300),
+        Candidate(64, 32, 4, 2, True, 200),
+    ],
+    ("key_value", "sequence"): [
+        Candidate(128, 64, 4, 4, True, 190, 168, is_wide=True),
+        Candidate(64, 64, 4, 2, True, 160),
+        Candidate(64, 32, 4, 2, True, 110),
+    ],
     ("bias", "sequence"): [Candidate(64, 64, 4, 1, False, 100)],
     ("forward", "narrow"): [Candidate(64, 64, 4, 2, True, 400)],
-    ("query", "wide"): [Candidate(64, 64, 4, 2, True, 320), Candidate(64, 32, 4, 2, True, 200)],
+    ("query", "wide"): [
+        Candidate(128, 64, 4, 4, True, 395, 168, is_wide=True),
+        Candidate(64, 64, 4, 2, True, 320),
+        Candidate(64, 32, 4, 2, True, 200),
+    ],
     ("query", "narrow"): [Candidate(64, 64, 4, 2, True, 315)],
-    ("key_value", "wide"): [Candidate(64, 64, 4, 2, True, 165), Candidate(64, 32, 4, 2, True, 110)],
+    ("key_value", "wide"): [
+        Candidate(128, 64, 4, 4, True, 200, 168, is_wide=True),
+        Candidate(64, 64, 4, 2, True, 165),
+        Candidate(64, 32, 4, 2, True, 110),
+    ],
     ("key_value", "narrow"): [Candidate(64, 64, 4, 3, True, 178), Candidate(64, 64, 4, 1, False, 147)],
     ("bias", "wide"): [Candidate(64, 64, 4, 1, False, 100)],
     ("bias", "narrow"): [Candidate(64, 64, 4, 1, False, 100)],
@@ -201,6 +210,13 @@ def extents(rows: int, axes: tuple[Axis, Axis, Axis]) -> Iterator[Extent]:
                 yield t, h, w
 
 
+def half(extent: Extent) -> Extent:
+    """Half of a tile, as the warpgroups of the kernels of `wide.py` divide it: along the first axis that it can."""
+    axis = next(i for i, size in enumerate(extent) if size > 1)
+    t, h, w = (size // 2 if i == axis else size for i, size in enumerate(extent))
+    return t, h, w
+
+
 def executed_scores(axes: tuple[Axis, Axis, Axis], stationary: Extent, moving: Extent, over_keys: bool) -> int:
     """Scores that a kernel computes for each head and batch, whether or not they lie in the neighborhood."""
     steps = prod(steps_on_axis(axis, s, m, over_keys) for axis, s, m in zip(axes, stationary, moving, strict=True))
@@ -222,7 +238,7 @@ def estimated_time(
 ) -> float:
     """How long a kernel takes, in no particular unit."""
     time = executed_scores(axes, stationary, moving, over_keys) / candidate.rate
-    # The wide kernel gains most from tiles without masks.
+    # The wide kernels gain most from tiles without masks.
     return time if not candidate.is_wide or can_lie_inside(axes, stationary, moving) else 1.05 * time
 
 
@@ -265,7 +281,7 @@ def ranked_tiles(kernel: str, workload: Workload) -> list[tuple[float, Tiles]]:
     choices = []
     for cost, _, _, stationary, _, moving, c in ranked:
         query, key = (stationary, moving) if over_keys else (moving, stationary)
-        # Limits were measured at head_dim 32, and that of the wide kernel at its own; they would make others spill.
+        # Limits were measured at head_dim 32, and those of the wide kernels at their own; they would make others spill.
         registers = c.max_registers if c.is_wide or width <= 32 else None
         choices.append((cost, Tiles(query, key, c.num_warps, c.num_stages, c.bulk, registers, c.is_wide)))
     return choices
