@@ -5,7 +5,6 @@ eager calls cost little time on the host.
 """
 
 from collections.abc import Callable, Mapping
-from copy import copy
 from fractions import Fraction
 from functools import cache, lru_cache, partial
 from math import ceil, prod
@@ -99,6 +98,15 @@ def problem_of(axes: tuple[Axis, ...], scale: float, tensors: Tensors) -> Proble
     return Problem(query.device, axes, scale, allow_tf32, autotune.is_enabled(), **layouts)
 
 
+class Descriptor(NamedTuple):
+    """As much as a launch reads of a descriptor for the bulk copy engine, of which a new one would be checked anew."""
+
+    base: Tensor | None
+    shape: list[int]
+    strides: list[int]
+    padding: str
+
+
 class Launch:
     """A kernel with its grid and all its arguments but the tensors; called with these, it runs.
 
@@ -126,9 +134,8 @@ class Launch:
         arguments = self.template.copy()
         for place, name in self.places:
             arguments[place] = tensors[name]
-        for place, name, descriptor in self.descriptors:
-            arguments[place] = descriptor = copy(descriptor)  # making one anew would check it anew
-            descriptor.base = tensors[name]
+        for place, name, layout in self.descriptors:
+            arguments[place] = Descriptor(tensors[name], *layout)
         self.compiled[self.grid](*arguments)
 
     def _compile(self, tensors: Tensors) -> None:
@@ -141,9 +148,9 @@ class Launch:
         names = self.kernel.arg_names
         self.template = [self.arguments.get(name) for name in names]
         self.places = [(names.index(name), name) for name in self.tensors if name not in self.bulk]
-        self.descriptors = [(names.index(name), name, descriptor) for name, descriptor in descriptors.items()]
-        for descriptor in descriptors.values():
-            descriptor.base = None  # keeps no tensor alive
+        self.descriptors = [
+            (names.index(name), name, (x.shape, x.strides, x.padding)) for name, x in descriptors.items()
+        ]
         self.compiled = compiled
 
 
@@ -158,8 +165,9 @@ class Prepared(NamedTuple):
         workspaces: Tensors = {
             name: torch.empty(shape, dtype=torch.float32, device=device) for name, shape in self.workspaces.items()
         }
+        tensors = tensors | workspaces
         for launch in self.launches:
-            launch(tensors | workspaces)
+            launch(tensors)
         return workspaces
 
 
@@ -509,7 +517,8 @@ def unscaled(rpb: Tensor | None, scale: float) -> Tensor | None:
         row *= size
     margin += -margin % 4  # keeps the alignment
     room = torch.zeros(rpb.numel() + 2 * margin, dtype=torch.float32, device=rpb.device)
-    return room[margin : margin + rpb.numel()].view(rpb.shape).copy_(rpb).div_(scale)
+    middle = room[margin : margin + rpb.numel()].view(rpb.shape)
+    return torch.div(rpb.detach().float(), scale, out=middle)
 
 
 def forward(
