@@ -4,10 +4,11 @@ All that a launch needs, the tensors' addresses aside, follows from a `Problem`.
 eager calls cost little time on the host.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from copy import copy
 from fractions import Fraction
 from functools import cache, lru_cache, partial
+from itertools import pairwise
 from math import ceil, prod
 from typing import Any, NamedTuple
 
@@ -16,6 +17,7 @@ import triton
 from torch import Tensor
 from triton.compiler import CompiledKernel
 from triton.experimental.gluon import language as gl
+from triton.experimental.gluon._runtime import GluonJITFunction
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor as GluonTensorDescriptor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
@@ -23,6 +25,8 @@ from fused_na.triton import autotune
 from fused_na.triton.backward import additional_kernel, bias_fold_kernel, bias_kernel, key_value_kernel, query_kernel
 from fused_na.triton.forward import forward_kernel
 from fused_na.triton.forward_wide import forward_wide_kernel
+from fused_na.triton.query_bias import fold_kernel, query_bias_kernel, sum_kernel
+from fused_na.triton.slots import SLOT, Slots, shares, slots_of
 from fused_na.triton.tiles import (
     HOPPER_SHARED_MEMORY,
     Extent,
@@ -38,6 +42,13 @@ from fused_na.window import Axis, group_members
 
 LARGEST_TILE = 128  # tokens of a tile along an axis
 PARTIAL_BYTES = 64 << 20  # memory that the partial sums of the bias gradient may take
+ACCUMULATOR_BYTES = (
+    40 << 10
+)  # shared memory for the sums of a program of `query_bias_kernel`, so that several run at once
+# Programs of that kernel by the number of axes, for the 132 multiprocessors of an H100, each of which runs 8 on maps and 5
+# on clips at once. Those of clips differ more in length, so that more of them share the work more evenly.
+PROGRAMS = {2: 132 * 8, 3: 132 * 12}
+SPLITS = 16  # most parts in which the programs of a class are added up
 
 Tensors = dict[str, Tensor | None]  # by the names of the kernels' arguments
 
@@ -85,6 +96,7 @@ class Problem(NamedTuple):
     grad_lse: Layout | None = None
     output: Layout | None = None
     lse: Layout | None = None
+    grad_rpb: Layout | None = None
 
 
 def problem_of(axes: tuple[Axis, ...], scale: float, tensors: Tensors) -> Problem:
@@ -102,7 +114,7 @@ class Launch:
     Args:
         kernel: the kernel.
         programs: how many programs of it run.
-        arguments: by name, all but the tensors, and Triton's options.
+        arguments: by name, all but the tensors of a call, and Triton's options.
         bulk: by name of the tensors that it takes as descriptors for the bulk copy engine, what describes one.
     """
 
@@ -161,7 +173,7 @@ class Prepared(NamedTuple):
 
 
 class Plan:
-    """One kernel of a problem ("forward", "query", "key_value" or "bias"), with its tiles once it has run."""
+    """One kernel of a problem, a key of `PREPARE`, with its tiles once it has run."""
 
     def __init__(self, kernel: str, problem: Problem) -> None:
         self.kernel, self.problem = kernel, problem
@@ -175,12 +187,13 @@ class Plan:
         geometry = Geometry(self.problem)
         prepared = cache(lambda tiles: PREPARE[self.kernel](geometry, tiles))
         tiles = None
-        if self.problem.is_autotuned:
+        is_measured = self.problem.is_autotuned and self.kernel != "query_bias"  # of which there is one choice
+        if is_measured:
             tiles = autotune.measured_tiles(
                 self.kernel, geometry.workload, lambda tiles: prepared(tiles).run(tensors, device)
             )
         choice = prepared(tiles or choose_tiles(self.kernel, geometry.workload))
-        if tiles or not self.problem.is_autotuned:  # else nothing could be measured yet
+        if tiles or not is_measured:  # else nothing could be measured yet
             self.prepared = choice
         return choice.run(tensors, device)
 
@@ -301,7 +314,7 @@ class Geometry:
         arguments["OWN_TMA"] = arguments["TMA"] and len(copied) > len(moving)
         bulk = {}
         if arguments["TMA"]:
-            describe = _describe_for_gluon if tiles.is_wide else _describe
+            describe = _describe_for_gluon if isinstance(kernel, GluonJITFunction) else _describe
             bulk = {name: partial(describe, layout, copied[name]) for name, layout in layouts.items()}
         return Launch(kernel, arguments.pop("programs"), arguments, bulk)
 
@@ -327,6 +340,36 @@ class Geometry:
             and strides[0] > 0
             and strides[3] > 0
         )
+
+    @property
+    def fuses_bias(self) -> bool:
+        """Whether the query's and the bias's gradients come from one kernel, `query_bias_kernel`."""
+        problem, axes = self.problem, self.problem.axes
+        read = (problem.query, problem.key, problem.value, problem.grad_output, problem.output)
+        if not (
+            problem.grad_rpb is not None
+            and problem.additional_keys is None
+            and _capability(problem.device) == 9
+            and problem.query.dtype.itemsize == 2
+            and self.head_dim == self.head_dim_v == 32
+            and self.groups == 1
+            and len(axes) > 1
+            and prod(axis.kernel_size for axis in axes) <= 512
+            and all(axis.length < 1024 for axis in axes)
+            and not self.arguments["WIDE"]
+            and all(layout is not None and self.can_copy_in_bulk(layout) for layout in read)
+        ):
+            return False
+        slots = self.slots
+        # Half of the memory is left to choose from in `_query_bias`: every class and head has a program of its own.
+        least = len(slots.classes) * self.heads * slots.bytes
+        return slots.bytes <= ACCUMULATOR_BYTES and 2 * least <= PARTIAL_BYTES
+
+    @property
+    def slots(self) -> Slots:
+        """Of `query_bias_kernel`."""
+        tiles = choose_tiles("query_bias", self.workload)
+        return slots_of(self.problem.axes, tiles.query, tiles.key)
 
     def has_interior(self, tiles: Tiles) -> bool:
         """Whether a pair of tiles can lie wholly inside the neighborhood, where nothing is to be masked or added."""
@@ -434,6 +477,65 @@ def _bias(geometry: Geometry, tiles: Tiles) -> Prepared:
     return Prepared(launches, {"partial": (splits, block)})
 
 
+def _query_bias(geometry: Geometry, tiles: Tiles) -> Prepared:
+    if torch.cuda.is_available() and torch.cuda.is_current_stream_capturing():
+        raise RuntimeError(
+            "cannot prepare a backward pass while a CUDA graph is captured; run it once before capturing"
+        )
+    slots, heads, batch, rpb = geometry.slots, geometry.heads, geometry.batch, geometry.problem.grad_rpb
+    assert rpb is not None
+    classes = len(slots.classes)
+    wanted = min(PROGRAMS[len(geometry.problem.axes)], PARTIAL_BYTES // slots.bytes - heads * classes)
+    per_class = [len(kind.begins) for kind in slots.classes]
+    tiles_per_program, samples_per_program = shares(per_class, heads, batch, wanted)
+    places, share_begins, class_begins = list[int](), list[int](), [0]
+    for kind in slots.classes:
+        share_begins += range(len(places), len(places) + len(kind.begins), tiles_per_program)
+        places += [t | h << 10 | w << 20 for t, h, w in kind.begins]
+        class_begins.append(len(share_begins))
+    chunks = ceil(batch / samples_per_program)
+    programs = chunks * heads * len(share_begins)
+    largest = max(end - begin for begin, end in pairwise(class_begins)) * chunks
+    splits = min(SPLITS, ceil(largest / 8), programs // (heads * classes))
+
+    def index(numbers: Sequence[int] | Sequence[Extent]) -> Tensor:
+        return torch.tensor(numbers, dtype=torch.int32, device=geometry.problem.device)
+
+    own: dict[str, Any] = {
+        "shares": len(share_begins),
+        "chunks": chunks,
+        "samples_per_program": samples_per_program,
+        "classes": classes,
+        "slots": slots.number,
+        "splits": splits,
+        "places": index(places),
+        "share_begins": index([*share_begins, len(places)]),
+        "class_begins": index(class_begins),
+        "class_bases": index([kind.base for kind in slots.classes]),
+        "COUNTS": slots.counts,
+        "SLOT_SIZE": SLOT,
+        "programs": programs,
+    }
+    moving = {"key": tiles.key, "value": tiles.key}
+    read = "query", "grad_output", "output"
+    rest = geometry.arguments | own | {"QUERY_TILE": tiles.query, "KEY_TILE": tiles.key, "num_warps": 1}
+    launches = [
+        geometry.launch(query_bias_kernel, tiles, tiles.query, heads, moving, read, **own),
+        Launch(sum_kernel, splits * heads * classes * slots.number, rest),
+        Launch(fold_kernel, prod(rpb.shape), rest),
+    ]
+    workspaces = {
+        "partial": (programs, slots.number, SLOT),
+        "summed": (splits, heads, classes, slots.number, SLOT),
+    }
+    return Prepared(launches, workspaces)
+
+
+@lru_cache(maxsize=4096)
+def _fuses_bias(problem: Problem) -> bool:
+    return Geometry(problem).fuses_bias
+
+
 def _lead(axis: Axis, key_tile: int) -> int:
     """How far before a query tile its key tiles start: by whole tiles before the windows away from the borders, so
     that these meet as few tiles as can be, and far enough for the windows at the end of the axis.
@@ -448,6 +550,7 @@ PREPARE: dict[str, Callable[[Geometry, Tiles], Prepared]] = {
     "query": _query,
     "key_value": _key_value,
     "bias": _bias,
+    "query_bias": _query_bias,
 }
 
 
@@ -567,6 +670,7 @@ def backward(
         "grad_lse": grad_lse,
         "output": output,
         "lse": lse,
+        "grad_rpb": grad_rpb,
     }
     problem = problem_of(axes, scale, tensors)
     tensors |= {
@@ -574,11 +678,12 @@ def backward(
         "grad_query": grad_query,
         "grad_key": grad_key,
         "grad_value": grad_value,
-        "grad_rpb": grad_rpb,
     }
-    plan("query", problem).run(tensors)  # first: it writes delta, which the others read
+    fuses_bias = _fuses_bias(problem)
+    # First of all: it writes delta, which the others read.
+    plan("query_bias" if fuses_bias else "query", problem).run(tensors)
     plan("key_value", problem).run(tensors)
-    if grad_rpb is not None:
+    if grad_rpb is not None and not fuses_bias:
         plan("bias", problem).run(tensors)
     grad_keys, grad_values = None, None
     if additional_keys is not None and additional_values is not None:

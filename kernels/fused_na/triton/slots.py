@@ -1,0 +1,79 @@
+"""Where `query_bias.py` adds up the gradient of the bias: a pure function of the problem, which needs no GPU."""
+
+from functools import lru_cache
+from itertools import product
+from typing import NamedTuple
+
+from fused_na.triton.tiles import Extent, as_three_axes
+from fused_na.window import Axis, window
+
+SLOT = 128  # numbers of a slot, four for each lane of a warp
+
+
+class Class(NamedTuple):
+    """Tiles of queries in which slots mean the same relative positions."""
+
+    base: Extent  # first key less first query along each axis, `(t, h, w)`
+    begins: tuple[Extent, ...]  # first queries of the tiles, in order
+
+
+class Slots(NamedTuple):
+    """The sums of a program, and the tiles of queries that may share them.
+
+    A slot holds the pairs of planes, the queries and the keys of one t in their tiles. Its indices are the plane of keys
+    less the plane of queries, from the last plane of queries on, and the place of the tile of keys along h and along w.
+    """
+
+    counts: Extent  # most tiles of keys of a tile of queries, along each axis
+    number: int  # of slots
+    classes: tuple[Class, ...]  # those of most tiles first; borders shift windows, which makes more than one
+
+    @property
+    def bytes(self) -> int:
+        """Of the sums of a program, float32."""
+        return self.number * SLOT * 4
+
+
+@lru_cache(maxsize=256)
+def slots_of(axes: tuple[Axis, ...], query: Extent, key: Extent) -> Slots:
+    """The slots of a problem without dilation.
+
+    Args:
+        axes: one to three axes.
+        query, key: tiles of queries and of keys, as extents along `(t, h, w)`.
+    """
+    counts, begins_by_base = [], []
+    for axis, q, k in zip(as_three_axes(axes), query, key, strict=True):
+        n = axis.length
+        most, begins = 1, dict[int, list[int]]()
+        for begin in range(0, n, q):
+            start, stop = window(axis, begin, n)[0], window(axis, min(begin + q, n) - 1, n)[1]
+            most = max(most, -((start - stop) // k))
+            begins.setdefault(start - begin, []).append(begin)
+        counts.append(most)
+        begins_by_base.append(begins)
+    classes = [
+        Class(base, tuple(product(*(begins[x] for begins, x in zip(begins_by_base, base, strict=True)))))
+        for base in product(*begins_by_base)
+    ]
+    classes.sort(key=lambda kind: -len(kind.begins))
+    t, h, w = counts
+    planes = t * key[0] + query[0] - 1
+    return Slots((t, h, w), planes * h * w, tuple(classes))
+
+
+def shares(tiles: list[int], heads: int, batch: int, wanted: int) -> tuple[int, int]:
+    """Tiles of queries and samples of a program, for about `wanted` programs.
+
+    A program works out a tile's windows once for all its samples, and writes its sums once for all its tiles. So where
+    there are few tiles it has one of them and a chunk of the samples, and where there are many, several with all samples.
+    As no program mixes classes, there may be more than `wanted`, but not more than `wanted + heads * len(tiles)`.
+
+    Args:
+        tiles: of each class.
+        heads, batch: of the problem.
+        wanted: how many programs, at least 1.
+    """
+    one_sample = sum(tiles) * heads
+    chunks = min(batch, max(1, wanted // one_sample))
+    return -(one_sample // -wanted), -(batch // -chunks)
