@@ -42,11 +42,9 @@ from fused_na.window import Axis, group_members
 
 LARGEST_TILE = 128  # tokens of a tile along an axis
 PARTIAL_BYTES = 64 << 20  # memory that the partial sums of the bias gradient may take
-ACCUMULATOR_BYTES = (
-    40 << 10
-)  # shared memory for the sums of a program of `query_bias_kernel`, so that several run at once
-# Programs of that kernel by the number of axes, for the 132 multiprocessors of an H100, each of which runs 8 on maps and 5
-# on clips at once. Those of clips differ more in length, so that more of them share the work more evenly.
+ACCUMULATOR_BYTES = 40 << 10  # shared memory of the sums of a program of `query_bias_kernel`
+# Programs of that kernel by the number of axes, for the 132 multiprocessors of an H100: on maps each runs 8 at once, and
+# more programs were slower; on clips it runs 4, which differ more in length and share the work best by the dozen.
 PROGRAMS = {2: 132 * 8, 3: 132 * 12}
 SPLITS = 16  # most parts in which the programs of a class are added up
 

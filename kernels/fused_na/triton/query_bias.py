@@ -6,11 +6,11 @@ registers, over the pairs of a thread that share one, then in shared memory, whe
 There are no atomics and no exchange between threads, and the order of additions is fixed.
 
 A tile of scores, 32 queries by 32 keys, is seen as planes: the pairs of the queries of one t, 8, and the keys of one t,
-16. In a plane a thread has `NUMBERS` numbers. Planes with the same distance along t have the same relative positions
-and make a group, which loads its biases once. A slot, `[lane, number]`, holds the sums of one group at one place along h
-and w of its tile of keys. Tiles of keys start at the first window of their tile of queries, so slots mean the same
-relative positions wherever the first key less the first query is the same: such tiles of queries make a class
-(`slots.py`), and a program never mixes classes. `sum_kernel` adds up the programs of a class, `fold_kernel` the classes.
+16, of which a thread has `NUMBERS`. Planes with the same distance along t have the same relative positions and make a
+group, which loads its biases once. A slot, `[lane, number]`, holds the sums of a group at one place along h and w of
+its tile of keys. Tiles of keys start at the first window of their tile of queries, so that slots mean the same relative
+positions wherever the first key less the first query is the same. Such tiles of queries make a class (`slots.py`), and
+a program never mixes classes. `sum_kernel` adds up the programs of a class, `fold_kernel` the classes.
 """
 
 import triton
@@ -41,13 +41,13 @@ CLASSES_AT_ONCE = tl.constexpr(16)
 @gluon.jit
 def planes_of(tile, lane_layout: gl.constexpr):
     """The planes of a `[32, 32]` tile, those of the first queries first: eight times `[lane, number]`."""
-    # [plane of queries, query, plane of keys, eight, pair of lanes, lane's pair]: query and pair of lanes make the lane.
+    # [plane of queries, query, plane of keys, eight, pair of columns, column]; query and pair of columns make the lane.
     split = tile.reshape([4, 8, 2, 2, 4, 2]).permute((1, 4, 3, 5, 2, 0)).reshape([32, NUMBERS, 2, 2, 2])
     even, odd = gl.split(split)
     first, third = gl.split(even)
     second, fourth = gl.split(odd)
     planes = gl.split(first) + gl.split(second) + gl.split(third) + gl.split(fourth)
-    result = ()
+    result = gl.tuple(())
     for i in gl.static_range(8):
         result = result + (gl.convert_layout(planes[i], lane_layout, assert_trivial=True),)
     return result
@@ -67,7 +67,7 @@ def tile_of(groups, layout: gl.constexpr):
 def accumulate(accumulators, grad_scores, slot, GROUP_STEP: gl.constexpr, lane_layout: gl.constexpr):
     """Adds a tile's pairs to the slots of their groups, `GROUP_STEP` slots apart and the first one at `slot`."""
     planes = planes_of(grad_scores, lane_layout)
-    sums = ()
+    sums = gl.tuple(())
     for group in gl.static_range(5):
         total = accumulators.index(slot + group * GROUP_STEP).load(lane_layout)
         for i in gl.static_range(8):
@@ -276,7 +276,7 @@ def query_bias_kernel(
                 step = following(step, counts, COUNTS)
                 apart = (key_begin[0] - begin[0], key_begin[1] - begin[1], key_begin[2] - begin[2])
                 masks = mask(lane_start, lane_end, key_begin, number_key, QUERY_PLANE, KEY_PLANE)
-                groups = ()
+                groups = gl.tuple(())
                 for group in gl.static_range(5):
                     group_key = (number_key[0] + (group - 3), number_key[1], number_key[2])
                     biases = load_biases(rpb_rows + bias_position(apart, KERNEL), group_key, KERNEL, 1)
@@ -358,8 +358,7 @@ def fold_kernel(
     COUNTS: tl.constexpr,
     SLOT_SIZE: tl.constexpr,
 ):
-    """Adds up one relative position of one head: in a class each of a plane's 8 queries meets it in at most one slot and
-    key."""
+    """Adds up one relative position of one head: in a class each of a plane's 8 queries meets it in one slot."""
     POSITIONS: tl.constexpr = (2 * KERNEL[0] - 1) * (2 * KERNEL[1] - 1) * (2 * KERNEL[2] - 1)
     PLANES: tl.constexpr = COUNTS[0] * KEY_TILE[0] + QUERY_TILE[0] - 1
     ENTRIES: tl.constexpr = PLANES * COUNTS[1] * COUNTS[2] * SLOT_SIZE

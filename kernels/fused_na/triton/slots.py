@@ -20,8 +20,8 @@ class Class(NamedTuple):
 class Slots(NamedTuple):
     """The sums of a program, and the tiles of queries that may share them.
 
-    A slot holds the pairs of planes, the queries and the keys of one t in their tiles. Its indices are the plane of keys
-    less the plane of queries, from the last plane of queries on, and the place of the tile of keys along h and along w.
+    A slot holds the pairs of planes, the queries and the keys of one t. Its indices are the plane of keys less that of
+    queries, counted from the last plane of queries on, and the place of the tile of keys along h and along w.
     """
 
     counts: Extent  # most tiles of keys of a tile of queries, along each axis
@@ -52,9 +52,10 @@ def slots_of(axes: tuple[Axis, ...], query: Extent, key: Extent) -> Slots:
             begins.setdefault(start - begin, []).append(begin)
         counts.append(most)
         begins_by_base.append(begins)
+    along_t, along_h, along_w = begins_by_base
     classes = [
-        Class(base, tuple(product(*(begins[x] for begins, x in zip(begins_by_base, base, strict=True)))))
-        for base in product(*begins_by_base)
+        Class((t, h, w), tuple(product(along_t[t], along_h[h], along_w[w])))
+        for t, h, w in product(along_t, along_h, along_w)
     ]
     classes.sort(key=lambda kind: -len(kind.begins))
     t, h, w = counts
@@ -65,9 +66,9 @@ def slots_of(axes: tuple[Axis, ...], query: Extent, key: Extent) -> Slots:
 def shares(tiles: list[int], heads: int, batch: int, wanted: int) -> tuple[int, int]:
     """Tiles of queries and samples of a program, for about `wanted` programs.
 
-    A program works out a tile's windows once for all its samples, and writes its sums once for all its tiles. So where
-    there are few tiles it has one of them and a chunk of the samples, and where there are many, several with all samples.
-    As no program mixes classes, there may be more than `wanted`, but not more than `wanted + heads * len(tiles)`.
+    A program works out a tile's windows once for all its samples, and writes its sums once for all its tiles. So it has
+    one tile and a chunk of the samples where there are few tiles, and several tiles and all samples where there are
+    many. As no program mixes classes, there may be more than `wanted`, up to `wanted + heads * len(tiles)`.
 
     Args:
         tiles: of each class.
