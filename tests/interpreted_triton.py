@@ -7,12 +7,13 @@ The interpreter takes milliseconds for every operation of every program, so maps
 import os
 import random
 from dataclasses import replace
-from itertools import product
-from math import ceil
+from itertools import accumulate, product
+from math import ceil, prod
 from pathlib import Path
 
 import pytest
 import test_fused_na_golden as golden
+import test_fused_na_slots as slots
 import torch
 import triton
 import triton.language as tl
@@ -382,6 +383,60 @@ def test_a_grid_is_its_interior_and_the_rest(seed: int) -> None:
         expected = [begin for begin, is_inner in zip(begins, inner, strict=True) if is_inner == part]
         assert steps[part] == len(expected)
         assert [tuple(tile) for tile in results[part, : steps[part]].tolist()] == expected
+
+
+@pytest.mark.parametrize(
+    ("axes", "batch", "heads"),
+    [
+        ((Axis(7, 7), Axis(7, 7)), 3, 2),
+        ((Axis(14, 5), Axis(20, 7)), 40, 1),  # several parts of the samples
+        ((Axis(13, 3, 2), Axis(19, 5, 3)), 3, 1),
+        ((Axis(13, 3, 1, 1, True), Axis(80, 2)), 2, 2),  # several tiles a program
+        ((Axis(5, 3, 1, 1, True), Axis(6, 2), Axis(5, 3)), 2, 2),
+    ],
+)
+def test_sums_of_the_bias_gradient(
+    axes: tuple[Axis, ...], batch: int, heads: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What follows the kernel that takes the query's gradient as well, on random sums in its place."""
+    monkeypatch.setattr(launch, "_capability", lambda device: 9)
+    monkeypatch.setattr(launch, "PROGRAMS", {2: 40, 3: 20})
+    query = torch.empty(batch, *(axis.length for axis in axes), heads, 32, dtype=torch.bfloat16)
+    rpb = torch.empty(heads, *(2 * axis.kernel_size - 1 for axis in axes))
+    tensors: launch.Tensors = dict.fromkeys(["query", "key", "value", "grad_output", "output"], query)
+    tensors |= dict(rpb=rpb, grad_rpb=rpb, additional_keys=None, additional_values=None)
+    geometry = launch.Geometry(launch.problem_of(axes, 1.0, tensors))
+    assert geometry.fuses_bias
+    prepared = launch.PREPARE["query_bias"](geometry, launch.choose_tiles("query_bias", geometry.workload))
+    assert prod(prepared.workspaces["partial"]) * 4 <= launch.PARTIAL_BYTES
+    assert prod(prepared.workspaces["summed"]) <= prod(prepared.workspaces["partial"])
+    main, *others = prepared.launches
+
+    positions = slots.relative_positions(axes)
+    classes = positions.shape[0]
+    arguments = main.arguments
+    shares, begins = arguments["shares"], others[0].arguments["class_begins"].tolist()
+    chunks = ceil(batch / arguments["samples_per_program"])
+    partial = torch.randn(chunks, heads, shares, *positions.shape[1:])
+    workspaces = {"partial": partial, "summed": torch.full(prepared.workspaces["summed"], torch.nan)}
+    assert partial.numel() == prod(prepared.workspaces["partial"])
+    for other in others:
+        other({"grad_rpb": rpb.fill_(torch.nan), **workspaces})
+
+    expected = torch.zeros(heads, rpb[0].numel(), dtype=torch.float64)
+    of_share = partial.double().sum(0)
+    for kind in range(classes):
+        total = of_share[:, begins[kind] : begins[kind + 1]].sum(1).flatten(1)
+        is_used = positions[kind].flatten() >= 0
+        expected.index_add_(1, positions[kind].flatten()[is_used], total[:, is_used])
+    torch.testing.assert_close(rpb.flatten(1).double(), expected, rtol=1e-5, atol=1e-4)
+
+    # Each share has tiles of one class, and all tiles have a share.
+    first = [place for kind in geometry.slots.classes for place in kind.begins]
+    assert arguments["places"].tolist() == [t + 1024 * h + 1024**2 * w for t, h, w in first]
+    edges = arguments["share_begins"].tolist()
+    ends = list(accumulate(len(kind.begins) for kind in geometry.slots.classes))
+    assert edges[-1] == ends[-1] and [edges[i] for i in begins[1:]] == ends
 
 
 @pytest.mark.parametrize("has_rpb", [True, False], ids=["rpb", "additional"])

@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
-from fused_na.triton.slots import SLOT, Slots, shares, slots_of
+from fused_na.triton.slots import PROGRAMS, SLOT, Class, Slots, shares, slots_of
 from fused_na.triton.tiles import QUERY_BIAS, Extent, as_three_axes
 from fused_na.window import Axis, window
 
@@ -120,15 +120,36 @@ def test_windows_that_no_border_shifts_are_one_class() -> None:
     heads=st.integers(1, 40),
     batch=st.integers(1, 300),
     wanted=st.integers(1, 3000),
+    room=st.integers(0, 3000),
 )
-def test_shares(tiles: list[int], heads: int, batch: int, wanted: int) -> None:
-    """Programs are as many as wanted, or nearly so, and have several tiles only if they have all samples."""
-    per_program, samples = shares(tiles, heads, batch, wanted)
+def test_shares(tiles: list[int], heads: int, batch: int, wanted: int, room: int) -> None:
+    """As many programs as asked for, or as there is memory for, and of several tiles only if they have all samples."""
+    slots = Slots((1, 1, 1), 5, tuple(Class((0, 0, 0), ((0, 0, 0),) * n) for n in tiles))
+    least = heads * len(tiles)
+    limit = 2 * least + room
+    per_program, samples = shares(slots, heads, batch, wanted, limit * slots.bytes)
     programs = heads * sum(ceil(n / per_program) for n in tiles) * ceil(batch / samples)
     assert per_program >= 1 and 1 <= samples <= batch
-    assert programs <= wanted + heads * len(tiles)
+    assert programs <= limit and programs <= wanted + least
     assert per_program == 1 or samples == batch
-    assert 2 * programs >= min(wanted, heads * sum(tiles) * batch) or 2 * samples > batch
+    assert 3 * programs >= min(wanted, limit - least, heads * sum(tiles) * batch)
+
+
+@pytest.mark.parametrize(
+    ("axes", "batch", "heads", "expected"),
+    [
+        ((Axis(56, 7), Axis(56, 7)), 128, 2, (1, 26)),
+        ((Axis(28, 7), Axis(28, 7)), 128, 4, (1, 15)),
+        ((Axis(14, 7), Axis(14, 7)), 128, 8, (1, 8)),
+        ((Axis(16, 7), Axis(56, 7), Axis(56, 7)), 4, 2, (2, 4)),
+        ((Axis(16, 7), Axis(28, 7), Axis(28, 7)), 4, 4, (1, 4)),
+        ((Axis(16, 7), Axis(14, 7), Axis(14, 7)), 4, 8, (1, 4)),
+    ],
+    ids=["img_s1", "img_s2", "img_s3", "vid_s1", "vid_s2", "vid_s3"],
+)
+def test_shares_of_the_benchmarks(axes: tuple[Axis, ...], batch: int, heads: int, expected: tuple[int, int]) -> None:
+    """Those that were the fastest on an H100, or nearly so."""
+    assert shares(slots_for(axes), heads, batch, PROGRAMS[len(axes)], 64 << 20) == expected
 
 
 def test_large_maps_are_quick() -> None:

@@ -26,7 +26,7 @@ from fused_na.triton.backward import additional_kernel, bias_fold_kernel, bias_k
 from fused_na.triton.forward import forward_kernel
 from fused_na.triton.forward_wide import forward_wide_kernel
 from fused_na.triton.query_bias import fold_kernel, query_bias_kernel, sum_kernel
-from fused_na.triton.slots import SLOT, Slots, shares, slots_of
+from fused_na.triton.slots import PROGRAMS, SLOT, Slots, shares, slots_of
 from fused_na.triton.tiles import (
     HOPPER_SHARED_MEMORY,
     Extent,
@@ -43,9 +43,6 @@ from fused_na.window import Axis, group_members
 LARGEST_TILE = 128  # tokens of a tile along an axis
 PARTIAL_BYTES = 64 << 20  # memory that the partial sums of the bias gradient may take
 ACCUMULATOR_BYTES = 40 << 10  # shared memory of the sums of a program of `query_bias_kernel`
-# Programs of that kernel by the number of axes, for the 132 multiprocessors of an H100: on maps each runs 8 at once, and
-# more programs were slower; on clips it runs 4, which differ more in length and share the work best by the dozen.
-PROGRAMS = {2: 132 * 8, 3: 132 * 12}
 SPLITS = 16  # most parts in which the programs of a class are added up
 
 Tensors = dict[str, Tensor | None]  # by the names of the kernels' arguments
@@ -359,9 +356,8 @@ class Geometry:
         ):
             return False
         slots = self.slots
-        # Half of the memory is left to choose from in `_query_bias`: every class and head has a program of its own.
-        least = len(slots.classes) * self.heads * slots.bytes
-        return slots.bytes <= ACCUMULATOR_BYTES and 2 * least <= PARTIAL_BYTES
+        programs = 2 * self.heads * len(slots.classes)  # what `shares` needs
+        return slots.bytes <= ACCUMULATOR_BYTES and programs * slots.bytes <= PARTIAL_BYTES
 
     @property
     def slots(self) -> Slots:
@@ -483,9 +479,8 @@ def _query_bias(geometry: Geometry, tiles: Tiles) -> Prepared:
     slots, heads, batch, rpb = geometry.slots, geometry.heads, geometry.batch, geometry.problem.grad_rpb
     assert rpb is not None
     classes = len(slots.classes)
-    wanted = min(PROGRAMS[len(geometry.problem.axes)], PARTIAL_BYTES // slots.bytes - heads * classes)
-    per_class = [len(kind.begins) for kind in slots.classes]
-    tiles_per_program, samples_per_program = shares(per_class, heads, batch, wanted)
+    wanted = PROGRAMS[len(geometry.problem.axes)]
+    tiles_per_program, samples_per_program = shares(slots, heads, batch, wanted, PARTIAL_BYTES)
     places, share_begins, class_begins = list[int](), list[int](), [0]
     for kind in slots.classes:
         share_begins += range(len(places), len(places) + len(kind.begins), tiles_per_program)

@@ -2,12 +2,16 @@
 
 from functools import lru_cache
 from itertools import product
+from math import ceil
 from typing import NamedTuple
 
 from fused_na.triton.tiles import Extent, as_three_axes
 from fused_na.window import Axis, window
 
 SLOT = 128  # numbers of a slot, four for each lane of a warp
+# Programs by the number of axes, for the 132 multiprocessors of an H100: on maps each runs 8 at once, and more programs
+# were slower; on clips it runs 4, which differ more in length and share the work best by the dozen.
+PROGRAMS = {2: 132 * 8, 3: 132 * 12}
 
 
 class Class(NamedTuple):
@@ -48,7 +52,7 @@ def slots_of(axes: tuple[Axis, ...], query: Extent, key: Extent) -> Slots:
         most, begins = 1, dict[int, list[int]]()
         for begin in range(0, n, q):
             start, stop = window(axis, begin, n)[0], window(axis, min(begin + q, n) - 1, n)[1]
-            most = max(most, -((start - stop) // k))
+            most = max(most, ceil((stop - start) / k))
             begins.setdefault(start - begin, []).append(begin)
         counts.append(most)
         begins_by_base.append(begins)
@@ -63,18 +67,20 @@ def slots_of(axes: tuple[Axis, ...], query: Extent, key: Extent) -> Slots:
     return Slots((t, h, w), planes * h * w, tuple(classes))
 
 
-def shares(tiles: list[int], heads: int, batch: int, wanted: int) -> tuple[int, int]:
-    """Tiles of queries and samples of a program, for about `wanted` programs.
+def shares(slots: Slots, heads: int, batch: int, programs: int, memory: int) -> tuple[int, int]:
+    """Tiles of queries and samples of a program.
 
     A program works out a tile's windows once for all its samples, and writes its sums once for all its tiles. So it has
     one tile and a chunk of the samples where there are few tiles, and several tiles and all samples where there are
-    many. As no program mixes classes, there may be more than `wanted`, up to `wanted + heads * len(tiles)`.
+    many. As no program mixes classes, there may be up to one more than asked for of each head and class.
 
     Args:
-        tiles: of each class.
+        slots: of the problem.
         heads, batch: of the problem.
-        wanted: how many programs, at least 1.
+        programs: about how many there shall be.
+        memory: bytes that their sums may take, enough for two programs of each head and class.
     """
-    one_sample = sum(tiles) * heads
-    chunks = min(batch, max(1, wanted // one_sample))
-    return -(one_sample // -wanted), -(batch // -chunks)
+    wanted = min(programs, memory // slots.bytes - heads * len(slots.classes))
+    tiles = heads * sum(len(kind.begins) for kind in slots.classes)
+    chunks = min(batch, max(1, wanted // tiles))
+    return ceil(tiles / wanted), ceil(batch / chunks)
