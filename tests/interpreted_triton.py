@@ -7,7 +7,7 @@ The interpreter takes milliseconds for every operation of every program, so maps
 import os
 import random
 from dataclasses import replace
-from itertools import accumulate, product
+from itertools import product
 from math import ceil, prod
 from pathlib import Path
 
@@ -24,7 +24,7 @@ from triton.runtime import interpreter
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from fused_na import merge_attentions, na2d, neighborhood_attention, ops
-from fused_na.triton import launch, neighborhood, walk
+from fused_na.triton import launch, neighborhood, query_bias, walk
 from fused_na.triton.tiles import Extent, Tiles, Workload, as_three_axes
 from fused_na.window import Axis, inverse_window, window
 
@@ -385,6 +385,21 @@ def test_a_grid_is_its_interior_and_the_rest(seed: int) -> None:
         assert [tuple(tile) for tile in results[part, : steps[part]].tolist()] == expected
 
 
+@triton.jit
+def shares_kernel(tiles, shares, before, alike, box):
+    """The tiles of each share of the tiles of queries, `[shares, 64, 3]`."""
+    t, h, w = query_bias.unravel_along(tl.program_id(0), shares)
+    tile_t, tiles_t = query_bias.share_on_axis(t, before[0], alike[0], box[0])
+    tile_h, tiles_h = query_bias.share_on_axis(h, before[1], alike[1], box[1])
+    tile_w, tiles_w = query_bias.share_on_axis(w, before[2], alike[2], box[2])
+    for index in range(tiles_t * tiles_h * tiles_w):
+        t, h, w = query_bias.unravel_along(index, (tiles_t, tiles_h, tiles_w))
+        place = tiles + (tl.program_id(0) * 64 + index) * 3
+        tl.store(place, tile_t + t)
+        tl.store(place + 1, tile_h + h)
+        tl.store(place + 2, tile_w + w)
+
+
 @pytest.mark.parametrize(
     ("axes", "batch", "heads"),
     [
@@ -412,31 +427,30 @@ def test_sums_of_the_bias_gradient(
     assert prod(prepared.workspaces["summed"]) <= prod(prepared.workspaces["partial"])
     main, *others = prepared.launches
 
-    positions = slots.relative_positions(axes)
-    classes = positions.shape[0]
     arguments = main.arguments
-    shares, begins = arguments["shares"], others[0].arguments["class_begins"].tolist()
-    chunks = ceil(batch / arguments["samples_per_program"])
-    partial = torch.randn(chunks, heads, shares, *positions.shape[1:])
+    along, chunks = arguments["shares"], ceil(batch / arguments["samples_per_program"])
+    positions = slots.relative_positions(axes)
+    partial = torch.randn(chunks, heads, prod(along), *positions.shape[1:])
     workspaces = {"partial": partial, "summed": torch.full(prepared.workspaces["summed"], torch.nan)}
     assert partial.numel() == prod(prepared.workspaces["partial"])
     for other in others:
         other({"grad_rpb": rpb.fill_(torch.nan), **workspaces})
 
-    expected = torch.zeros(heads, rpb[0].numel(), dtype=torch.float64)
-    of_share = partial.double().sum(0)
-    for kind in range(classes):
-        total = of_share[:, begins[kind] : begins[kind + 1]].sum(1).flatten(1)
-        is_used = positions[kind].flatten() >= 0
-        expected.index_add_(1, positions[kind].flatten()[is_used], total[:, is_used])
-    torch.testing.assert_close(rpb.flatten(1).double(), expected, rtol=1e-5, atol=1e-4)
+    # The tiles of each share by the kernel's rule: of one class, and each in one share.
+    tiles = torch.full((prod(along), 64, 3), -1, dtype=torch.int32)
+    shares_kernel[(prod(along),)](tiles, along, arguments["before"], arguments["alike"], arguments["box"])
+    class_of = {begin: kind for kind, (_, begins) in enumerate(slots.classes_of(axes)) for begin in begins}
+    extent = torch.tensor(launch.choose_tiles("query_bias", geometry.workload).query)
+    begins = [[tuple(tile) for tile in (share[share[:, 0] >= 0] * extent).tolist()] for share in tiles]
+    assert sorted(begin for share in begins for begin in share) == sorted(class_of)
+    kinds = torch.tensor([class_of[share[0]] for share in begins])
+    assert all(class_of[begin] == class_of[share[0]] for share in begins for begin in share)
 
-    # Each share has tiles of one class, and all tiles have a share.
-    first = [place for kind in geometry.slots.classes for place in kind.begins]
-    assert arguments["places"].tolist() == [t + 1024 * h + 1024**2 * w for t, h, w in first]
-    edges = arguments["share_begins"].tolist()
-    ends = list(accumulate(len(kind.begins) for kind in geometry.slots.classes))
-    assert edges[-1] == ends[-1] and [edges[i] for i in begins[1:]] == ends
+    expected = torch.zeros(heads, rpb[0].numel(), dtype=torch.float64)
+    for kind, numbers in enumerate(positions.flatten(1)):
+        total = partial.double()[:, :, kinds == kind].sum((0, 2)).flatten(1)
+        expected.index_add_(1, numbers[numbers >= 0], total[:, numbers >= 0])
+    torch.testing.assert_close(rpb.flatten(1).double(), expected, rtol=1e-5, atol=1e-4)
 
 
 @pytest.mark.parametrize("has_rpb", [True, False], ids=["rpb", "additional"])

@@ -1,5 +1,6 @@
 """Where the gradient of the bias is added up, a pure function of the problem."""
 
+from itertools import product
 from math import ceil, prod
 from operator import mod
 
@@ -9,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
-from fused_na.triton.slots import PROGRAMS, SLOT, Class, Slots, shares, slots_of
+from fused_na.triton.slots import PROGRAMS, SLOT, Slots, shares, slots_of
 from fused_na.triton.tiles import QUERY_BIAS, Extent, as_three_axes
 from fused_na.window import Axis, window
 
@@ -49,24 +50,38 @@ def place_in_plane(row: Tensor, column: Tensor) -> Tensor:
     return (row * 4 + column % 8 // 2) * 4 + column // 8 * 2 + column % 2
 
 
+def slots_for(axes: tuple[Axis, ...]) -> Slots:
+    tiles = QUERY_BIAS[len(axes)]
+    return slots_of(axes, tiles.query, tiles.key)
+
+
+def classes_of(axes: tuple[Axis, ...]) -> list[tuple[Extent, list[Extent]]]:
+    """First key less first query, and first queries of the tiles, of each class in order."""
+    slots, along = slots_for(axes), []
+    for x, (axis, size) in enumerate(zip(as_three_axes(axes), QUERY_BIAS[len(axes)].query, strict=True)):
+        begins = list(range(0, axis.length, size))
+        before, alike, after = slots.before[x], slots.alike[x], slots.after[x]
+        assert len(begins) == before + alike + after
+        rows = [begins[i : i + 1] for i in range(before)]
+        rows += [begins[before : before + alike], *([i] for i in begins[before + alike :])]
+        along.append([(window(axis, row[0], axis.length)[0] - row[0], row) for row in rows])
+    return [
+        ((t, h, w), list(product(rows_t, rows_h, rows_w))) for (t, rows_t), (h, rows_h), (w, rows_w) in product(*along)
+    ]
+
+
 def relative_positions(axes: tuple[Axis, ...]) -> Tensor:
     """Place in the flattened bias of all numbers `[classes, slots, SLOT]`, -1 of those that belong to none."""
     tiles = QUERY_BIAS[len(axes)]
-    slots = slots_of(axes, tiles.query, tiles.key)
-    t, h, w = slots.counts
+    t, h, w = slots_for(axes).counts
     first = grid((t * tiles.key[0] + tiles.query[0] - 1, h, w)) * torch.tensor([1, *tiles.key[1:]])
     first[:, 0] -= tiles.query[0] - 1
     inner = grid((1, *tiles.key[1:]))[None, :] - grid((1, *tiles.query[1:]))[:, None]
     in_slot = torch.zeros(SLOT, 3, dtype=torch.int64)
     in_slot[place_in_plane(torch.arange(8)[:, None], torch.arange(16)[None, :])] = inner
-    bases = torch.tensor([kind.base for kind in slots.classes])
+    bases = torch.tensor([base for base, _ in classes_of(axes)])
     relative = bases[:, None, None] + first[None, :, None] + in_slot[None, None]
     return flat(relative + sides(axes) // 2, sides(axes))
-
-
-def slots_for(axes: tuple[Axis, ...]) -> Slots:
-    tiles = QUERY_BIAS[len(axes)]
-    return slots_of(axes, tiles.query, tiles.key)
 
 
 @pytest.mark.parametrize("axes", AXES.values(), ids=AXES.keys())
@@ -81,7 +96,7 @@ def test_every_pair_has_one_number_of_its_relative_position(axes: tuple[Axis, ..
     is_neighbor = ((tokens >= windows[:, None, :, 0]) & (tokens < windows[:, None, :, 1])).all(-1)
     met = torch.zeros_like(is_neighbor, dtype=torch.int64)
     begins_met = []
-    for kind, (base, begins) in enumerate(slots.classes):
+    for kind, (base, begins) in enumerate(classes_of(axes)):
         for begin in begins:
             begins_met.append(begin)
             query = torch.tensor(begin) + grid(tiles.query)
@@ -107,52 +122,52 @@ def test_every_pair_has_one_number_of_its_relative_position(axes: tuple[Axis, ..
     assert sorted(begins_met) == [tuple(x) for x in tokens.tolist() if not any(map(mod, x, tiles.query))]
 
 
-def test_windows_that_no_border_shifts_are_one_class() -> None:
-    slots = slots_for((Axis(56, 7), Axis(56, 7)))
-    assert [(kind.base, len(kind.begins)) for kind in slots.classes] == [
-        ((-3, 0, -3), 78), ((-3, 0, 0), 13), ((0, 0, -3), 6), ((0, 0, 0), 1),
-    ]  # fmt: skip
+def test_tiles_that_no_border_shifts_are_alike() -> None:
+    slots = slots_for((Axis(56, 7), Axis(51, 7)))
+    assert (slots.before, slots.alike, slots.after) == ((1, 0, 1), (13, 1, 5), (0, 0, 1))
+    assert slots.classes == 6 and slots.shares((4, 1, 2)) == (5, 1, 5)
     assert slots.counts == (5, 1, 1) and slots.number == 13 and slots.bytes == 13 * 512
 
 
+EXTENTS = st.tuples(*[st.integers(1, 40)] * 3)
+OTHERS = st.tuples(*[st.integers(0, 3)] * 3)
+
+
 @given(
-    tiles=st.lists(st.integers(1, 300), min_size=1, max_size=20),
+    before=OTHERS,
+    alike=EXTENTS,
+    after=OTHERS,
     heads=st.integers(1, 40),
     batch=st.integers(1, 300),
     wanted=st.integers(1, 3000),
     room=st.integers(0, 3000),
 )
-def test_shares(tiles: list[int], heads: int, batch: int, wanted: int, room: int) -> None:
-    """As many programs as asked for, or as there is memory for, and of several tiles only if they have all samples."""
-    slots = Slots((1, 1, 1), 5, tuple(Class((0, 0, 0), ((0, 0, 0),) * n) for n in tiles))
-    least = heads * len(tiles)
-    limit = 2 * least + room
-    per_program, samples = shares(slots, heads, batch, wanted, limit * slots.bytes)
-    programs = heads * sum(ceil(n / per_program) for n in tiles) * ceil(batch / samples)
-    assert per_program >= 1 and 1 <= samples <= batch
-    assert programs <= limit and programs <= wanted + least
-    assert per_program == 1 or samples == batch
-    assert 3 * programs >= min(wanted, limit - least, heads * sum(tiles) * batch)
+def test_shares(before: Extent, alike: Extent, after: Extent, heads: int, batch: int, wanted: int, room: int) -> None:
+    """No more programs than asked for, or than there is memory for, and of several tiles only with all samples."""
+    slots = Slots((1, 1, 1), 5, before, alike, after)
+    assert slots.classes == prod(b + 1 + a for b, a in zip(before, after, strict=True))
+    least = heads * slots.classes
+    limit = least + room
+    box, samples = shares(slots, heads, batch, wanted, limit * slots.bytes)
+    programs = heads * prod(slots.shares(box)) * ceil(batch / samples)
+    assert all(1 <= size <= n for size, n in zip(box, alike, strict=True)) and 1 <= samples <= batch
+    assert programs <= limit and programs <= max(wanted, least)
+    assert box == (1, 1, 1) or samples == batch or 2 * programs <= wanted + least
+    assert box != (1, 1, 1) or 2 * programs >= min(wanted, limit, heads * prod(slots.shares(box)) * batch)
 
 
 @pytest.mark.parametrize(
     ("axes", "batch", "heads", "expected"),
     [
-        ((Axis(56, 7), Axis(56, 7)), 128, 2, (1, 26)),
-        ((Axis(28, 7), Axis(28, 7)), 128, 4, (1, 15)),
-        ((Axis(14, 7), Axis(14, 7)), 128, 8, (1, 8)),
-        ((Axis(16, 7), Axis(56, 7), Axis(56, 7)), 4, 2, (2, 4)),
-        ((Axis(16, 7), Axis(28, 7), Axis(28, 7)), 4, 4, (1, 4)),
-        ((Axis(16, 7), Axis(14, 7), Axis(14, 7)), 4, 8, (1, 4)),
+        ((Axis(56, 7), Axis(56, 7)), 128, 2, ((1, 1, 1), 26)),
+        ((Axis(28, 7), Axis(28, 7)), 128, 4, ((1, 1, 1), 15)),
+        ((Axis(14, 7), Axis(14, 7)), 128, 8, ((1, 1, 1), 8)),
+        ((Axis(16, 7), Axis(56, 7), Axis(56, 7)), 4, 2, ((1, 1, 3), 4)),
+        ((Axis(16, 7), Axis(28, 7), Axis(28, 7)), 4, 4, ((1, 1, 1), 4)),
+        ((Axis(16, 7), Axis(14, 7), Axis(14, 7)), 4, 8, ((1, 1, 1), 4)),
     ],
     ids=["img_s1", "img_s2", "img_s3", "vid_s1", "vid_s2", "vid_s3"],
 )
-def test_shares_of_the_benchmarks(axes: tuple[Axis, ...], batch: int, heads: int, expected: tuple[int, int]) -> None:
+def test_shares_of_the_benchmarks(axes: tuple[Axis, ...], batch: int, heads: int, expected: tuple[Extent, int]) -> None:
     """Those that were the fastest on an H100, or nearly so."""
     assert shares(slots_for(axes), heads, batch, PROGRAMS[len(axes)], 64 << 20) == expected
-
-
-def test_large_maps_are_quick() -> None:
-    """Tiles are grouped by axis: no window is worked out for each tile."""
-    slots = slots_for((Axis(64, 7), Axis(512, 7), Axis(512, 7)))
-    assert sum(len(kind.begins) for kind in slots.classes) == prod((16, 128, 256))

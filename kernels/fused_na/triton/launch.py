@@ -4,11 +4,10 @@ All that a launch needs, the tensors' addresses aside, follows from a `Problem`.
 eager calls cost little time on the host.
 """
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from copy import copy
 from fractions import Fraction
 from functools import cache, lru_cache, partial
-from itertools import pairwise
 from math import ceil, prod
 from typing import Any, NamedTuple
 
@@ -109,7 +108,7 @@ class Launch:
     Args:
         kernel: the kernel.
         programs: how many programs of it run.
-        arguments: by name, all but the tensors of a call, and Triton's options.
+        arguments: by name, all but the tensors, and Triton's options.
         bulk: by name of the tensors that it takes as descriptors for the bulk copy engine, what describes one.
     """
 
@@ -350,14 +349,12 @@ class Geometry:
             and self.groups == 1
             and len(axes) > 1
             and prod(axis.kernel_size for axis in axes) <= 512
-            and all(axis.length < 1024 for axis in axes)
             and not self.arguments["WIDE"]
             and all(layout is not None and self.can_copy_in_bulk(layout) for layout in read)
         ):
             return False
         slots = self.slots
-        programs = 2 * self.heads * len(slots.classes)  # what `shares` needs
-        return slots.bytes <= ACCUMULATOR_BYTES and programs * slots.bytes <= PARTIAL_BYTES
+        return slots.bytes <= ACCUMULATOR_BYTES and self.heads * slots.classes * slots.bytes <= PARTIAL_BYTES
 
     @property
     def slots(self) -> Slots:
@@ -472,54 +469,35 @@ def _bias(geometry: Geometry, tiles: Tiles) -> Prepared:
 
 
 def _query_bias(geometry: Geometry, tiles: Tiles) -> Prepared:
-    if torch.cuda.is_available() and torch.cuda.is_current_stream_capturing():
-        raise RuntimeError(
-            "cannot prepare a backward pass while a CUDA graph is captured; run it once before capturing"
-        )
-    slots, heads, batch, rpb = geometry.slots, geometry.heads, geometry.batch, geometry.problem.grad_rpb
+    slots, heads, rpb = geometry.slots, geometry.heads, geometry.problem.grad_rpb
     assert rpb is not None
-    classes = len(slots.classes)
-    wanted = PROGRAMS[len(geometry.problem.axes)]
-    tiles_per_program, samples_per_program = shares(slots, heads, batch, wanted, PARTIAL_BYTES)
-    places, share_begins, class_begins = list[int](), list[int](), [0]
-    for kind in slots.classes:
-        share_begins += range(len(places), len(places) + len(kind.begins), tiles_per_program)
-        places += [t | h << 10 | w << 20 for t, h, w in kind.begins]
-        class_begins.append(len(share_begins))
-    chunks = ceil(batch / samples_per_program)
-    programs = chunks * heads * len(share_begins)
-    largest = max(end - begin for begin, end in pairwise(class_begins)) * chunks
-    splits = min(SPLITS, ceil(largest / 8), programs // (heads * classes))
-
-    def index(numbers: Sequence[int] | Sequence[Extent]) -> Tensor:
-        return torch.tensor(numbers, dtype=torch.int32, device=geometry.problem.device)
-
+    box, samples = shares(slots, heads, geometry.batch, PROGRAMS[len(geometry.problem.axes)], PARTIAL_BYTES)
+    along, chunks = slots.shares(box), ceil(geometry.batch / samples)
+    programs = chunks * heads * prod(along)
+    splits = min(SPLITS, ceil(programs / (heads * slots.classes)))
     own: dict[str, Any] = {
-        "shares": len(share_begins),
+        "before": slots.before,
+        "alike": slots.alike,
+        "box": box,
+        "shares": along,
+        "samples_per_program": samples,
         "chunks": chunks,
-        "samples_per_program": samples_per_program,
-        "classes": classes,
-        "slots": slots.number,
         "splits": splits,
-        "places": index(places),
-        "share_begins": index([*share_begins, len(places)]),
-        "class_begins": index(class_begins),
-        "class_bases": index([kind.base for kind in slots.classes]),
         "COUNTS": slots.counts,
-        "SLOT_SIZE": SLOT,
         "programs": programs,
     }
     moving = {"key": tiles.key, "value": tiles.key}
     read = "query", "grad_output", "output"
-    rest = geometry.arguments | own | {"QUERY_TILE": tiles.query, "KEY_TILE": tiles.key, "num_warps": 1}
+    rest = geometry.arguments | own | {"QUERY_TILE": tiles.query, "KEY_TILE": tiles.key, "SLOTS": slots.number}
+    rest |= {"classes": slots.shares(slots.alike), "num_warps": 1}
     launches = [
         geometry.launch(query_bias_kernel, tiles, tiles.query, heads, moving, read, **own),
-        Launch(sum_kernel, splits * heads * classes * slots.number, rest),
+        Launch(sum_kernel, splits * heads * slots.classes * slots.number, rest),
         Launch(fold_kernel, prod(rpb.shape), rest),
     ]
     workspaces = {
         "partial": (programs, slots.number, SLOT),
-        "summed": (splits, heads, classes, slots.number, SLOT),
+        "summed": (splits, heads, slots.classes, slots.number, SLOT),
     }
     return Prepared(launches, workspaces)
 

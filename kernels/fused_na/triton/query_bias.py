@@ -99,6 +99,31 @@ def following(step, counts, COUNTS: gl.constexpr):
     return gl.where(carry, sample + 1, sample), t, h, w
 
 
+@triton.jit
+def share_on_axis(index, before, alike, box):
+    """First tile of queries of a share along an axis, and how many it has: up to `box` of the `alike` ones."""
+    groups = tl.cdiv(alike, box)
+    group = index - before
+    is_alike = (group >= 0) & (group < groups)
+    other = tl.where(group < 0, index, index - groups + alike)
+    first = tl.where(is_alike, before + group * box, other)
+    return first, tl.where(is_alike, tl.minimum(box, alike - group * box), 1)
+
+
+@triton.jit
+def shares_of_class(index, before, alike, box):
+    """First share of a class along an axis, and how many it has."""
+    groups = tl.cdiv(alike, box)
+    return tl.where(index > before, index + groups - 1, index), tl.where(index == before, groups, 1)
+
+
+@triton.jit
+def unravel_along(index, extents):
+    """Coordinates `(t, h, w)` in extents that are not known when compiling."""
+    rest = index // extents[2]
+    return rest // extents[1], rest % extents[1], index % extents[2]
+
+
 @gluon.jit
 def tile_begin(start, step, KEY_TILE: gl.constexpr):
     """First key of a step's tile."""
@@ -125,7 +150,7 @@ def fill_own(tensors, own, own_full, sample, begin, head, exists):
         tma.async_copy_global_to_shared(tensors[i], place, own_full.index(0), own.index(i), pred=exists)
 
 
-@gluon.jit(do_not_specialize=["length_t", "length_h", "length_w", "shares", "batches", "heads", "samples_per_program"])
+@gluon.jit(do_not_specialize=["length_t", "length_h", "length_w", "batches", "heads", "samples_per_program"])
 def query_bias_kernel(
     query,
     key,
@@ -142,9 +167,10 @@ def query_bias_kernel(
     length_t,
     length_h,
     length_w,
-    places,  # int32 `[tiles]`, of each tile its first query, t + 1024 h + 1024**2 w; those of a class side by side
-    share_begins,  # int32 `[shares + 1]`: where in `places` each share of the tiles begins, and the end of the last one
-    shares,
+    before,  # tiles of queries before those that are alike, along each axis: `slots.Slots`
+    alike,
+    box,  # of tiles that are alike, most of a program
+    shares,  # of the tiles, along each axis
     batches,
     heads,
     samples_per_program,
@@ -190,7 +216,12 @@ def query_bias_kernel(
     own_tensors = (query, grad_output, output)
 
     pid = gl.program_id(0)
-    share, rest = pid % shares, pid // shares
+    all_shares = shares[0] * shares[1] * shares[2]
+    rest = pid // all_shares
+    share = unravel_along(pid % all_shares, shares)
+    tile_t, tiles_t = share_on_axis(share[0], before[0], alike[0], box[0])
+    tile_h, tiles_h = share_on_axis(share[1], before[1], alike[1], box[1])
+    tile_w, tiles_w = share_on_axis(share[2], before[2], alike[2], box[2])
     head = rest % heads
     head_kv = head // HEADS_PER_KV
     first_sample = rest // heads * samples_per_program
@@ -212,9 +243,9 @@ def query_bias_kernel(
     rpb_rows = rpb_base + (bias_position(lane_key, KERNEL) - bias_position(lane_inner, KERNEL))
 
     stage, phase, own_phase = 0, 0, 0
-    for index in range(gl.load(share_begins + share), gl.load(share_begins + share + 1)):
-        packed = gl.load(places + index)
-        begin = (packed & 1023, (packed >> 10) & 1023, packed >> 20)
+    for index in range(tiles_t * tiles_h * tiles_w):
+        t, h, w = unravel_along(index, (tiles_t, tiles_h, tiles_w))
+        begin = ((tile_t + t) * QUERY_TILE[0], (tile_h + h) * QUERY_TILE[1], (tile_w + w) * QUERY_TILE[2])
         member = clamped(begin, row_inner, lengths)
         is_query = below(begin, row_inner, lengths)
         row = (member[0] * length_h + member[1]) * length_w + member[2]
@@ -308,80 +339,101 @@ def query_bias_kernel(
         gl.store(own_numbers + written * SLOT_SIZE, accumulators.index(written).load(lane_layout))
 
 
-@triton.jit(do_not_specialize=["shares", "chunks", "heads", "classes", "slots", "splits"])
+@triton.jit(do_not_specialize=["chunks", "heads", "splits"])
 def sum_kernel(
     partial,
     summed,
-    class_begins,  # int32 `[classes + 1]`: the first share of each class, and the end of the last one
+    before,
+    alike,
+    box,
     shares,
+    classes,  # along each axis
     chunks,  # of the samples
     heads,
-    classes,
-    slots,
     splits,
-    SLOT_SIZE: tl.constexpr,
+    SLOTS: tl.constexpr,
 ):
     """Adds up a slot over one of `splits` parts of the programs of a class and head: `summed` is
-    `[splits, heads, classes, slots, numbers]`."""
+    `[splits, heads, classes, slots, lane, number]`."""
     pid = tl.program_id(0)
-    entry = pid % slots * SLOT_SIZE + tl.arange(0, SLOT_SIZE)
-    kind = pid // slots % classes
-    head = pid // slots // classes % heads
-    split = pid // slots // classes // heads
-    first_share = tl.load(class_begins + kind)
-    class_shares = tl.load(class_begins + kind + 1) - first_share
-    per_split = tl.cdiv(class_shares * chunks, splits)
+    number = tl.arange(0, SLOT_SIZE)
+    slot, rest = pid % SLOTS, pid // SLOTS
+    all_classes = classes[0] * classes[1] * classes[2]
+    kind = unravel_along(rest % all_classes, classes)
+    rest = rest // all_classes
+    head, split = rest % heads, rest // heads
+    first_t, count_t = shares_of_class(kind[0], before[0], alike[0], box[0])
+    first_h, count_h = shares_of_class(kind[1], before[1], alike[1], box[1])
+    first_w, count_w = shares_of_class(kind[2], before[2], alike[2], box[2])
+    programs = count_t * count_h * count_w * chunks
+    per_split = tl.cdiv(programs, splits)
     begin = split * per_split
-    chunk = begin // class_shares
-    share = begin - chunk * class_shares
+    rest, h, w = unravel_along(begin, (count_t, count_h, count_w))
+    chunk, t = rest // count_t, rest % count_t
     total = tl.zeros([SLOT_SIZE], tl.float32)
-    for _ in tl.range(begin, tl.minimum(begin + per_split, class_shares * chunks), num_stages=1, loop_unroll_factor=8):
-        program = (chunk * heads + head) * shares + first_share + share
-        total += tl.load(partial + program * slots * SLOT_SIZE + entry)
-        share += 1
-        chunk = tl.where(share == class_shares, chunk + 1, chunk)
-        share = tl.where(share == class_shares, 0, share)
-    tl.store(summed + pid * SLOT_SIZE + tl.arange(0, SLOT_SIZE), total)
+    for _ in tl.range(begin, tl.minimum(begin + per_split, programs), num_stages=1, loop_unroll_factor=8):
+        share = ((first_t + t) * shares[1] + first_h + h) * shares[2] + first_w + w
+        program = (chunk * heads + head) * (shares[0] * shares[1] * shares[2]) + share
+        total += tl.load(partial + (program * SLOTS + slot) * SLOT_SIZE + number)
+        w += 1
+        h = tl.where(w == count_w, h + 1, h)
+        w = tl.where(w == count_w, 0, w)
+        t = tl.where(h == count_h, t + 1, t)
+        h = tl.where(h == count_h, 0, h)
+        chunk = tl.where(t == count_t, chunk + 1, chunk)
+        t = tl.where(t == count_t, 0, t)
+    tl.store(summed + pid * SLOT_SIZE + number, total)
 
 
-@triton.jit(do_not_specialize=["heads", "classes", "splits"])
+@triton.jit(do_not_specialize=["length_t", "length_h", "length_w", "heads", "splits"])
 def fold_kernel(
     summed,
     grad_rpb,
-    class_bases,  # int32 `[classes, 3]`: first key less first query along each axis
+    length_t,
+    length_h,
+    length_w,
+    before,
+    alike,
+    classes,  # along each axis
     heads,
-    classes,
     splits,
     KERNEL: tl.constexpr,
+    STRIDE: tl.constexpr,
+    CAUSAL: tl.constexpr,
     QUERY_TILE: tl.constexpr,
     KEY_TILE: tl.constexpr,
     COUNTS: tl.constexpr,
-    SLOT_SIZE: tl.constexpr,
+    SLOTS: tl.constexpr,
 ):
     """Adds up one relative position of one head: in a class each of a plane's 8 queries meets it in one slot."""
     POSITIONS: tl.constexpr = (2 * KERNEL[0] - 1) * (2 * KERNEL[1] - 1) * (2 * KERNEL[2] - 1)
-    PLANES: tl.constexpr = COUNTS[0] * KEY_TILE[0] + QUERY_TILE[0] - 1
-    ENTRIES: tl.constexpr = PLANES * COUNTS[1] * COUNTS[2] * SLOT_SIZE
     pid = tl.program_id(0)
     head = pid // POSITIONS
     position = unravel(pid % POSITIONS, (2 * KERNEL[0] - 1, 2 * KERNEL[1] - 1, 2 * KERNEL[2] - 1))
     query = tl.arange(0, 8)[None, :]
     inner = unravel(query, QUERY_TILE)
+    all_classes = classes[0] * classes[1] * classes[2]
     total = tl.zeros([CLASSES_AT_ONCE, 8], tl.float32)
-    for first in range(0, classes, CLASSES_AT_ONCE):
+    for first in range(0, all_classes, CLASSES_AT_ONCE):
         kind = first + tl.arange(0, CLASSES_AT_ONCE)[:, None]
-        is_class = kind < classes
+        kind_t, kind_h, kind_w = unravel_along(kind, classes)
+        begin_t = tl.where(kind_t > before[0], kind_t + alike[0] - 1, kind_t) * QUERY_TILE[0]
+        begin_h = tl.where(kind_h > before[1], kind_h + alike[1] - 1, kind_h) * QUERY_TILE[1]
+        begin_w = tl.where(kind_w > before[2], kind_w + alike[2] - 1, kind_w) * QUERY_TILE[2]
+        begin = (begin_t, begin_h, begin_w)
+        start, end = windows(begin, (length_t, length_h, length_w), KERNEL, STRIDE, CAUSAL)
         # The key's place in the tiles of keys; along t less that of the query's plane, which starts at the last one's.
-        t = position[0] - (KERNEL[0] - 1) + (QUERY_TILE[0] - 1) - tl.load(class_bases + kind * 3, is_class)
-        h = inner[1] + position[1] - (KERNEL[1] - 1) - tl.load(class_bases + kind * 3 + 1, is_class)
-        w = inner[2] + position[2] - (KERNEL[2] - 1) - tl.load(class_bases + kind * 3 + 2, is_class)
-        exists = is_class & (t >= 0) & (t < PLANES)
+        t = begin[0] - start[0] + position[0] - (KERNEL[0] - 1) + (QUERY_TILE[0] - 1)
+        h = begin[1] - start[1] + position[1] - (KERNEL[1] - 1) + inner[1]
+        w = begin[2] - start[2] + position[2] - (KERNEL[2] - 1) + inner[2]
+        exists = (kind < all_classes) & (t >= 0) & (t < COUNTS[0] * KEY_TILE[0] + QUERY_TILE[0] - 1)
         exists &= (h >= 0) & (h < COUNTS[1] * KEY_TILE[1]) & (w >= 0) & (w < COUNTS[2] * KEY_TILE[2])
         slot = (t * COUNTS[1] + h // KEY_TILE[1]) * COUNTS[2] + w // KEY_TILE[2]
         column = h % KEY_TILE[1] * KEY_TILE[2] + w % KEY_TILE[2]
         # As the scores lie in a warp: 4 lanes a query, and of each lane two columns of each 8.
         lane, number = query * 4 + column % 8 // 2, column // 8 * 2 + column % 2
-        entry = kind * ENTRIES + slot * SLOT_SIZE + lane * 4 + number
+        entry = (kind * SLOTS + slot) * SLOT_SIZE + lane * 4 + number
         for split in tl.range(0, splits, num_stages=1, loop_unroll_factor=8):
-            total += tl.load(summed + (split * heads + head) * classes * ENTRIES + entry, exists, other=0.0)
+            rows = (split * heads + head) * all_classes * (SLOTS * SLOT_SIZE)
+            total += tl.load(summed + rows + entry, exists, other=0.0)
     tl.store(grad_rpb + pid, tl.sum(tl.sum(total, 1), 0))

@@ -1,8 +1,8 @@
 """Where `query_bias.py` adds up the gradient of the bias: a pure function of the problem, which needs no GPU."""
 
 from functools import lru_cache
-from itertools import product
-from math import ceil
+from itertools import groupby
+from math import ceil, prod
 from typing import NamedTuple
 
 from fused_na.triton.tiles import Extent, as_three_axes
@@ -14,31 +14,43 @@ SLOT = 128  # numbers of a slot, four for each lane of a warp
 PROGRAMS = {2: 132 * 8, 3: 132 * 12}
 
 
-class Class(NamedTuple):
-    """Tiles of queries in which slots mean the same relative positions."""
-
-    base: Extent  # first key less first query along each axis, `(t, h, w)`
-    begins: tuple[Extent, ...]  # first queries of the tiles, in order
-
-
 class Slots(NamedTuple):
-    """The sums of a program, and the tiles of queries that may share them.
+    """The sums of a program, and which tiles of queries may share them.
 
     A slot holds the pairs of planes, the queries and the keys of one t. Its indices are the plane of keys less that of
     queries, counted from the last plane of queries on, and the place of the tile of keys along h and along w.
+
+    In two tiles of queries slots mean the same relative positions if their first keys lie as far from their first
+    queries. Along an axis that is so where no border shifts windows: there tiles are alike and make a class. Each other
+    one is a class of its own. Classes of a map are the products of those along its axes.
     """
 
     counts: Extent  # most tiles of keys of a tile of queries, along each axis
     number: int  # of slots
-    classes: tuple[Class, ...]  # those of most tiles first; borders shift windows, which makes more than one
+    before: Extent  # tiles of queries before those that are alike, along each axis
+    alike: Extent  # at least 1
+    after: Extent
 
     @property
     def bytes(self) -> int:
         """Of the sums of a program, float32."""
         return self.number * SLOT * 4
 
+    @property
+    def classes(self) -> int:
+        """Number of classes."""
+        return prod(self.shares(self.alike))
 
-@lru_cache(maxsize=256)
+    def shares(self, box: Extent) -> Extent:
+        """Programs along each axis that share the tiles, with up to `box` of the tiles that are alike for each."""
+        t, h, w = (
+            before + ceil(alike / size) + after
+            for before, alike, after, size in zip(self.before, self.alike, self.after, box, strict=True)
+        )
+        return t, h, w
+
+
+@lru_cache(maxsize=1024)
 def slots_of(axes: tuple[Axis, ...], query: Extent, key: Extent) -> Slots:
     """The slots of a problem without dilation.
 
@@ -46,41 +58,45 @@ def slots_of(axes: tuple[Axis, ...], query: Extent, key: Extent) -> Slots:
         axes: one to three axes.
         query, key: tiles of queries and of keys, as extents along `(t, h, w)`.
     """
-    counts, begins_by_base = [], []
-    for axis, q, k in zip(as_three_axes(axes), query, key, strict=True):
-        n = axis.length
-        most, begins = 1, dict[int, list[int]]()
-        for begin in range(0, n, q):
-            start, stop = window(axis, begin, n)[0], window(axis, min(begin + q, n) - 1, n)[1]
-            most = max(most, ceil((stop - start) / k))
-            begins.setdefault(start - begin, []).append(begin)
-        counts.append(most)
-        begins_by_base.append(begins)
-    along_t, along_h, along_w = begins_by_base
-    classes = [
-        Class((t, h, w), tuple(product(along_t[t], along_h[h], along_w[w])))
-        for t, h, w in product(along_t, along_h, along_w)
-    ]
-    classes.sort(key=lambda kind: -len(kind.begins))
-    t, h, w = counts
-    planes = t * key[0] + query[0] - 1
-    return Slots((t, h, w), planes * h * w, tuple(classes))
+    along = [_along(*axis) for axis in zip(as_three_axes(axes), query, key, strict=True)]
+    counts, before, alike, after = ((t, h, w) for t, h, w in zip(*along, strict=True))
+    return Slots(counts, (counts[0] * key[0] + query[0] - 1) * counts[1] * counts[2], before, alike, after)
 
 
-def shares(slots: Slots, heads: int, batch: int, programs: int, memory: int) -> tuple[int, int]:
-    """Tiles of queries and samples of a program.
+def _along(axis: Axis, query: int, key: int) -> tuple[int, int, int, int]:
+    """Most tiles of keys of a tile of queries, and tiles of queries before, in and after the longest row of tiles whose
+    first keys lie as far from their first queries."""
+    n, most, bases = axis.length, 0, []
+    for begin in range(0, n, query):
+        start, stop = window(axis, begin, n)[0], window(axis, min(begin + query, n) - 1, n)[1]
+        most = max(most, ceil((stop - start) / key))
+        bases.append(start - begin)
+    rows = [len(list(row)) for _, row in groupby(bases)]
+    alike = max(rows)
+    before = sum(rows[: rows.index(alike)])
+    return most, before, alike, len(bases) - before - alike
 
-    A program works out a tile's windows once for all its samples, and writes its sums once for all its tiles. So it has
-    one tile and a chunk of the samples where there are few tiles, and several tiles and all samples where there are
-    many. As no program mixes classes, there may be up to one more than asked for of each head and class.
+
+def shares(slots: Slots, heads: int, batch: int, programs: int, memory: int) -> tuple[Extent, int]:
+    """The box of tiles that are alike, and the samples, of a program.
+
+    A program works out a tile's windows once for all its samples, and writes its sums once for all its tiles. So where
+    tiles are few, it has one and a chunk of the samples, and where they are many, several and all samples.
 
     Args:
         slots: of the problem.
         heads, batch: of the problem.
-        programs: about how many there shall be.
-        memory: bytes that their sums may take, enough for two programs of each head and class.
+        programs: at most how many there shall be, unless there are more classes.
+        memory: bytes that their sums may take, enough for a program of each head and class.
     """
-    wanted = min(programs, memory // slots.bytes - heads * len(slots.classes))
-    tiles = heads * sum(len(kind.begins) for kind in slots.classes)
-    chunks = min(batch, max(1, wanted // tiles))
-    return ceil(tiles / wanted), ceil(batch / chunks)
+    wanted = min(programs, memory // slots.bytes)
+    box = [1, 1, 1]
+    for axis in (2, 1, 0):
+        along = slots.shares((box[0], box[1], box[2]))
+        if heads * prod(along) > wanted:
+            others = heads * prod(along) // along[axis]
+            room = wanted // others - slots.before[axis] - slots.after[axis]
+            box[axis] = ceil(slots.alike[axis] / max(1, room))
+    t, h, w = box
+    chunks = min(batch, max(1, wanted // (heads * prod(slots.shares((t, h, w))))))
+    return (t, h, w), ceil(batch / chunks)
