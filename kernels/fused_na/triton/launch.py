@@ -337,7 +337,9 @@ class Geometry:
 
     @property
     def fuses_bias(self) -> bool:
-        """Whether the query's and the bias's gradients come from one kernel, `query_bias_kernel`."""
+        """Whether the query's and the bias's gradients come from one kernel, `query_bias_kernel`: for small windows on
+        Hopper, if a program's sums leave shared memory for others.
+        """
         problem, axes = self.problem, self.problem.axes
         read = (problem.query, problem.key, problem.value, problem.grad_output, problem.output)
         if not (
