@@ -8,11 +8,12 @@ import os
 import random
 from dataclasses import replace
 from itertools import product
-from math import ceil
+from math import ceil, prod
 from pathlib import Path
 
 import pytest
 import test_fused_na_golden as golden
+import test_fused_na_slots as slots
 import torch
 import triton
 import triton.language as tl
@@ -23,7 +24,7 @@ from triton.runtime import interpreter
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from fused_na import merge_attentions, na2d, neighborhood_attention, ops
-from fused_na.triton import launch, neighborhood, walk
+from fused_na.triton import launch, neighborhood, query_bias, walk
 from fused_na.triton.tiles import Extent, Tiles, Workload, as_three_axes
 from fused_na.window import Axis, inverse_window, window
 
@@ -382,6 +383,74 @@ def test_a_grid_is_its_interior_and_the_rest(seed: int) -> None:
         expected = [begin for begin, is_inner in zip(begins, inner, strict=True) if is_inner == part]
         assert steps[part] == len(expected)
         assert [tuple(tile) for tile in results[part, : steps[part]].tolist()] == expected
+
+
+@triton.jit
+def shares_kernel(tiles, shares, before, alike, box):
+    """The tiles of each share of the tiles of queries, `[shares, 64, 3]`."""
+    t, h, w = query_bias.unravel_along(tl.program_id(0), shares)
+    tile_t, tiles_t = query_bias.share_on_axis(t, before[0], alike[0], box[0])
+    tile_h, tiles_h = query_bias.share_on_axis(h, before[1], alike[1], box[1])
+    tile_w, tiles_w = query_bias.share_on_axis(w, before[2], alike[2], box[2])
+    for index in range(tiles_t * tiles_h * tiles_w):
+        t, h, w = query_bias.unravel_along(index, (tiles_t, tiles_h, tiles_w))
+        place = tiles + (tl.program_id(0) * 64 + index) * 3
+        tl.store(place, tile_t + t)
+        tl.store(place + 1, tile_h + h)
+        tl.store(place + 2, tile_w + w)
+
+
+@pytest.mark.parametrize(
+    ("axes", "batch", "heads"),
+    [
+        ((Axis(7, 7), Axis(7, 7)), 3, 2),
+        ((Axis(14, 5), Axis(20, 7)), 40, 1),  # several parts of the samples
+        ((Axis(13, 3, 2), Axis(19, 5, 3)), 3, 1),
+        ((Axis(13, 3, 1, 1, True), Axis(80, 2)), 2, 2),  # several tiles a program
+        ((Axis(5, 3, 1, 1, True), Axis(6, 2), Axis(5, 3)), 2, 2),
+    ],
+)
+def test_sums_of_the_bias_gradient(
+    axes: tuple[Axis, ...], batch: int, heads: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What follows the kernel that takes the query's gradient as well, on random sums in its place."""
+    monkeypatch.setattr(launch, "_capability", lambda device: 9)
+    monkeypatch.setattr(launch, "PROGRAMS", {2: 40, 3: 20})
+    query = torch.empty(batch, *(axis.length for axis in axes), heads, 32, dtype=torch.bfloat16)
+    rpb = torch.empty(heads, *(2 * axis.kernel_size - 1 for axis in axes))
+    tensors: launch.Tensors = dict.fromkeys(["query", "key", "value", "grad_output", "output"], query)
+    tensors |= dict(rpb=rpb, grad_rpb=rpb, additional_keys=None, additional_values=None)
+    geometry = launch.Geometry(launch.problem_of(axes, 1.0, tensors))
+    assert geometry.fuses_bias
+    prepared = launch.PREPARE["query_bias"](geometry, launch.choose_tiles("query_bias", geometry.workload))
+    assert prod(prepared.workspaces["partial"]) * 4 <= launch.PARTIAL_BYTES
+    assert prod(prepared.workspaces["summed"]) <= prod(prepared.workspaces["partial"])
+    main, *others = prepared.launches
+
+    arguments = main.arguments
+    along, chunks = arguments["shares"], ceil(batch / arguments["samples_per_program"])
+    positions = slots.relative_positions(axes)
+    partial = torch.randn(chunks, heads, prod(along), *positions.shape[1:])
+    workspaces = {"partial": partial, "summed": torch.full(prepared.workspaces["summed"], torch.nan)}
+    assert partial.numel() == prod(prepared.workspaces["partial"])
+    for other in others:
+        other({"grad_rpb": rpb.fill_(torch.nan), **workspaces})
+
+    # The tiles of each share by the kernel's rule: of one class, and each in one share.
+    tiles = torch.full((prod(along), 64, 3), -1, dtype=torch.int32)
+    shares_kernel[(prod(along),)](tiles, along, arguments["before"], arguments["alike"], arguments["box"])
+    class_of = {begin: kind for kind, (_, begins) in enumerate(slots.classes_of(axes)) for begin in begins}
+    extent = torch.tensor(launch.choose_tiles("query_bias", geometry.workload).query)
+    begins = [[tuple(tile) for tile in (share[share[:, 0] >= 0] * extent).tolist()] for share in tiles]
+    assert sorted(begin for share in begins for begin in share) == sorted(class_of)
+    kinds = torch.tensor([class_of[share[0]] for share in begins])
+    assert all(class_of[begin] == class_of[share[0]] for share in begins for begin in share)
+
+    expected = torch.zeros(heads, rpb[0].numel(), dtype=torch.float64)
+    for kind, numbers in enumerate(positions.flatten(1)):
+        total = partial.double()[:, :, kinds == kind].sum((0, 2)).flatten(1)
+        expected.index_add_(1, numbers[numbers >= 0], total[:, numbers >= 0])
+    torch.testing.assert_close(rpb.flatten(1).double(), expected, rtol=1e-5, atol=1e-4)
 
 
 @pytest.mark.parametrize("has_rpb", [True, False], ids=["rpb", "additional"])

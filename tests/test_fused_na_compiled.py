@@ -3,16 +3,18 @@
 import re
 import subprocess
 import tempfile
+from functools import partial
 from pathlib import Path
 
 import pytest
 import torch
 import triton
+from test_fused_na_slots import place_in_plane
 from triton.backends.compiler import GPUTarget
 from triton.compiler import CompiledKernel
 from triton.runtime import driver
 
-from fused_na.triton import launch
+from fused_na.triton import launch, query_bias
 from fused_na.triton.tiles import choose_tiles
 from fused_na.window import Axis
 
@@ -123,3 +125,113 @@ def test_only_hopper_has_the_wide_kernels(monkeypatch: pytest.MonkeyPatch) -> No
         workload = launch.Geometry(launch.problem_of(axes, 1.0, tensors)).workload
         for kernel in ("forward", "query", "key_value"):
             assert choose_tiles(kernel, workload).is_wide == is_wide
+
+
+MAP, CLIP = (Axis(56, 7), Axis(56, 7)), (Axis(16, 7, 1, 1, True), Axis(56, 7), Axis(56, 7))
+
+
+def run_backward(
+    axes: tuple[Axis, ...],
+    dtype: torch.dtype = torch.bfloat16,
+    head_dim: int = 32,
+    has_grad_lse: bool = False,
+    additional: int | None = None,
+    needs_rpb: bool = True,
+    layout: str = "packed",
+) -> None:
+    """A backward pass of two heads and three samples with a bias, of whose kernels none runs."""
+    packed = torch.empty(3, *(axis.length for axis in axes), 3, 2, head_dim, dtype=dtype)
+    query, key, value = packed.unbind(-3)
+    if layout == "heads first":
+        query = torch.empty(3, 2, *(axis.length for axis in axes), head_dim, dtype=dtype).movedim(1, -2)
+    output, lse = torch.empty(query.shape, dtype=dtype), torch.empty(query.shape[:-1])
+    rpb = torch.zeros(2, *(2 * axis.kernel_size - 1 for axis in axes))
+    more = None if additional is None else torch.empty(3, additional, 2, head_dim, dtype=dtype)
+    grad_lse = lse if has_grad_lse else None
+    launch.backward(output, grad_lse, query, key, value, axes, 1.0, rpb, more, more, output, lse, needs_rpb)
+
+
+@pytest.mark.parametrize("has_grad_lse", [False, True], ids=["", "lse"])
+@pytest.mark.parametrize("axes", [MAP, CLIP], ids=["map", "clip"])
+def test_query_and_bias(compiled: list[CompiledKernel], axes: tuple[Axis, ...], has_grad_lse: bool) -> None:
+    """One kernel without spills, of which a multiprocessor runs several at once, and the sums of what it leaves."""
+    launch.plan.cache_clear()
+    run_backward(axes, has_grad_lse=has_grad_lse)
+    kernels = {kernel.metadata.name: kernel for kernel in compiled}
+    assert list(kernels) == ["query_bias_kernel", "sum_kernel", "fold_kernel", "key_value_kernel"]
+    usage = {name: dump(kernel, "-res-usage") for name, kernel in kernels.items() if name != "key_value_kernel"}
+    assert all("STACK:0 " in x for x in usage.values())
+    assert kernels["query_bias_kernel"].metadata.shared <= (56 << 10)
+
+
+@pytest.mark.parametrize(
+    ("options", "is_fused"),
+    [
+        (dict(axes=MAP), True),
+        (dict(axes=MAP, dtype=torch.float16, has_grad_lse=True), True),
+        (dict(axes=CLIP), True),
+        (dict(axes=(Axis(13, 5, 2), Axis(19, 7, 3))), True),
+        (dict(axes=MAP, dtype=torch.float32), False),
+        (dict(axes=MAP, head_dim=64), False),
+        (dict(axes=MAP, needs_rpb=False), False),
+        (dict(axes=MAP, additional=2), False),
+        (dict(axes=MAP, layout="heads first"), False),
+        (dict(axes=(Axis(56, 7, 1, 2), Axis(56, 7))), False),
+        (dict(axes=(Axis(300, 7),)), False),
+        (dict(axes=(Axis(1024, 3), Axis(8, 3))), True),
+        (dict(axes=(Axis(56, 23), Axis(56, 23))), False),
+        (dict(axes=(Axis(8, 2), Axis(16, 16), Axis(16, 16))), False),  # too many sums for shared memory
+        (dict(axes=(Axis(200, 18, 17), Axis(400, 18, 17))), False),  # too many classes
+    ],
+)
+def test_where_query_and_bias_share_a_kernel(
+    compiled: list[CompiledKernel], options: dict, is_fused: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    planned = []
+    monkeypatch.setattr(launch.Plan, "run", lambda self, tensors: planned.append(self.kernel))
+    monkeypatch.setattr(launch, "_additional", lambda problem: launch.Prepared([], {"partial_keys": (1,)}))
+    monkeypatch.setattr(
+        launch.Prepared, "run", lambda *x: dict.fromkeys(("partial_keys", "partial_values"), torch.zeros(1))
+    )
+    run_backward(**options)
+    if is_fused:
+        assert planned == ["query_bias", "key_value"]
+    else:
+        assert planned == ["query", "key_value", "bias"][: 2 + options.get("needs_rpb", True)]
+
+
+def test_only_hopper_fuses_query_and_bias(monkeypatch: pytest.MonkeyPatch) -> None:
+    planned = []
+    monkeypatch.setattr(launch.Plan, "run", lambda self, tensors: planned.append(self.kernel))
+    for capability in (8, 9, 10):
+        monkeypatch.setattr(launch, "_capability", lambda device, capability=capability: capability)
+        launch._fuses_bias.cache_clear()
+        run_backward(MAP)
+    assert planned == ["query", "key_value", "bias", "query_bias", "key_value", "query", "key_value", "bias"]
+    launch._fuses_bias.cache_clear()
+
+
+class TorchLanguage:
+    """As much of Gluon's language, on PyTorch's tensors, as takes tiles apart and puts them together."""
+
+    static_range, tuple = range, tuple
+    split = staticmethod(partial(torch.unbind, dim=-1))
+    join = staticmethod(lambda a, b: torch.stack((a, b), -1))
+    convert_layout = staticmethod(lambda x, layout, assert_trivial: x)
+
+
+def test_planes_of_a_tile(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each plane holds its queries and keys where the slots expect them, and tiles consist of their groups' planes."""
+    monkeypatch.setattr(query_bias, "gl", TorchLanguage)
+    monkeypatch.setattr(query_bias, "NUMBERS", 4)
+    tile = torch.arange(32 * 32).view(32, 32)
+    row, column = torch.arange(8)[:, None], torch.arange(16)[None, :]
+    planes = query_bias.planes_of.fn(tile, None)
+    for i, plane in enumerate(planes):
+        expected = tile[i // 2 * 8 :, i % 2 * 16 :][:8, :16]
+        assert torch.equal(plane.flatten()[place_in_plane(row, column)], expected)
+
+    groups = torch.randn(5, 32, 4).unbind()
+    built = query_bias.planes_of.fn(query_bias.tile_of.fn(groups, None), None)
+    for i, plane in enumerate(built):
+        assert torch.equal(plane, groups[i % 2 - i // 2 + 3])

@@ -15,6 +15,7 @@ import triton
 from torch import Tensor
 from triton.compiler import CompiledKernel
 from triton.experimental.gluon import language as gl
+from triton.experimental.gluon._runtime import GluonJITFunction
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor as GluonTensorDescriptor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
@@ -24,6 +25,8 @@ from fused_na.triton.forward import forward_kernel
 from fused_na.triton.forward_wide import forward_wide_kernel
 from fused_na.triton.key_value_wide import key_value_wide_kernel
 from fused_na.triton.query_wide import query_wide_kernel
+from fused_na.triton.query_bias import fold_kernel, query_bias_kernel, sum_kernel
+from fused_na.triton.slots import PROGRAMS, SLOT, Slots, shares, slots_of
 from fused_na.triton.tiles import (
     HOPPER_SHARED_MEMORY,
     Extent,
@@ -40,6 +43,8 @@ from fused_na.window import Axis, group_members
 
 LARGEST_TILE = 128  # tokens of a tile along an axis
 PARTIAL_BYTES = 64 << 20  # memory that the partial sums of the bias gradient may take
+ACCUMULATOR_BYTES = 40 << 10  # shared memory of the sums of a program of `query_bias_kernel`
+SPLITS = 16  # most parts in which the programs of a class are added up
 
 Tensors = dict[str, Tensor | None]  # by the names of the kernels' arguments
 
@@ -87,6 +92,7 @@ class Problem(NamedTuple):
     grad_lse: Layout | None = None
     output: Layout | None = None
     lse: Layout | None = None
+    grad_rpb: Layout | None = None
 
 
 def problem_of(axes: tuple[Axis, ...], scale: float, tensors: Tensors) -> Problem:
@@ -172,7 +178,7 @@ class Prepared(NamedTuple):
 
 
 class Plan:
-    """One kernel of a problem ("forward", "query", "key_value" or "bias"), with its tiles once it has run."""
+    """One kernel of a problem, a key of `PREPARE`, with its tiles once it has run."""
 
     def __init__(self, kernel: str, problem: Problem) -> None:
         self.kernel, self.problem = kernel, problem
@@ -186,12 +192,13 @@ class Plan:
         geometry = Geometry(self.problem)
         prepared = cache(lambda tiles: PREPARE[self.kernel](geometry, tiles))
         tiles = None
-        if self.problem.is_autotuned:
+        is_measured = self.problem.is_autotuned and self.kernel != "query_bias"  # of which there is one choice
+        if is_measured:
             tiles = autotune.measured_tiles(
                 self.kernel, geometry.workload, lambda tiles: prepared(tiles).run(tensors, device)
             )
         choice = prepared(tiles or choose_tiles(self.kernel, geometry.workload))
-        if tiles or not self.problem.is_autotuned:  # else nothing could be measured yet
+        if tiles or not is_measured:  # else nothing could be measured yet
             self.prepared = choice
         return choice.run(tensors, device)
 
@@ -312,7 +319,7 @@ class Geometry:
         arguments["OWN_TMA"] = arguments["TMA"] and len(copied) > len(moving)
         bulk = {}
         if arguments["TMA"]:
-            describe = _describe_for_gluon if tiles.is_wide else _describe
+            describe = _describe_for_gluon if isinstance(kernel, GluonJITFunction) else _describe
             bulk = {name: partial(describe, layout, copied[name]) for name, layout in layouts.items()}
         return Launch(kernel, arguments.pop("programs"), arguments, bulk)
 
@@ -338,6 +345,35 @@ class Geometry:
             and strides[0] > 0
             and strides[3] > 0
         )
+
+    @property
+    def fuses_bias(self) -> bool:
+        """Whether the query's and the bias's gradients come from one kernel, `query_bias_kernel`: for small windows on
+        Hopper, if a program's sums leave shared memory for others.
+        """
+        problem, axes = self.problem, self.problem.axes
+        read = (problem.query, problem.key, problem.value, problem.grad_output, problem.output)
+        if not (
+            problem.grad_rpb is not None
+            and problem.additional_keys is None
+            and _capability(problem.device) == 9
+            and problem.query.dtype.itemsize == 2
+            and self.head_dim == self.head_dim_v == 32
+            and self.groups == 1
+            and len(axes) > 1
+            and prod(axis.kernel_size for axis in axes) <= 512
+            and not self.arguments["WIDE"]
+            and all(layout is not None and self.can_copy_in_bulk(layout) for layout in read)
+        ):
+            return False
+        slots = self.slots
+        return slots.bytes <= ACCUMULATOR_BYTES and self.heads * slots.classes * slots.bytes <= PARTIAL_BYTES
+
+    @property
+    def slots(self) -> Slots:
+        """Of `query_bias_kernel`."""
+        tiles = choose_tiles("query_bias", self.workload)
+        return slots_of(self.problem.axes, tiles.query, tiles.key)
 
     def has_interior(self, tiles: Tiles) -> bool:
         """Whether a pair of tiles can lie wholly inside the neighborhood, where nothing is to be masked or added."""
@@ -462,6 +498,45 @@ def _bias(geometry: Geometry, tiles: Tiles) -> Prepared:
     return Prepared(launches, {"partial": (splits, block)})
 
 
+def _query_bias(geometry: Geometry, tiles: Tiles) -> Prepared:
+    slots, heads, rpb = geometry.slots, geometry.heads, geometry.problem.grad_rpb
+    assert rpb is not None
+    box, samples = shares(slots, heads, geometry.batch, PROGRAMS[len(geometry.problem.axes)], PARTIAL_BYTES)
+    along, chunks = slots.shares(box), ceil(geometry.batch / samples)
+    programs = chunks * heads * prod(along)
+    splits = min(SPLITS, ceil(programs / (heads * slots.classes)))
+    own: dict[str, Any] = {
+        "before": slots.before,
+        "alike": slots.alike,
+        "box": box,
+        "shares": along,
+        "samples_per_program": samples,
+        "chunks": chunks,
+        "splits": splits,
+        "COUNTS": slots.counts,
+        "programs": programs,
+    }
+    moving = {"key": tiles.key, "value": tiles.key}
+    read = "query", "grad_output", "output"
+    rest = geometry.arguments | own | {"QUERY_TILE": tiles.query, "KEY_TILE": tiles.key, "SLOTS": slots.number}
+    rest |= {"classes": slots.shares(slots.alike), "num_warps": 1}
+    launches = [
+        geometry.launch(query_bias_kernel, tiles, tiles.query, heads, moving, read, **own),
+        Launch(sum_kernel, splits * heads * slots.classes * slots.number, rest),
+        Launch(fold_kernel, prod(rpb.shape), rest),
+    ]
+    workspaces = {
+        "partial": (programs, slots.number, SLOT),
+        "summed": (splits, heads, slots.classes, slots.number, SLOT),
+    }
+    return Prepared(launches, workspaces)
+
+
+@lru_cache(maxsize=4096)
+def _fuses_bias(problem: Problem) -> bool:
+    return Geometry(problem).fuses_bias
+
+
 def _lead(axis: Axis, key_tile: int) -> int:
     """How far before a query tile its key tiles start: by whole tiles before the windows away from the borders, so
     that these meet as few tiles as can be, and far enough for the windows at the end of the axis.
@@ -476,6 +551,7 @@ PREPARE: dict[str, Callable[[Geometry, Tiles], Prepared]] = {
     "query": _query,
     "key_value": _key_value,
     "bias": _bias,
+    "query_bias": _query_bias,
 }
 
 
@@ -596,6 +672,7 @@ def backward(
         "grad_lse": grad_lse,
         "output": output,
         "lse": lse,
+        "grad_rpb": grad_rpb,
     }
     problem = problem_of(axes, scale, tensors)
     tensors |= {
@@ -603,11 +680,12 @@ def backward(
         "grad_query": grad_query,
         "grad_key": grad_key,
         "grad_value": grad_value,
-        "grad_rpb": grad_rpb,
     }
-    plan("query", problem).run(tensors)  # first: it writes delta, which the others read
+    fuses_bias = _fuses_bias(problem)
+    # First of all: it writes delta, which the others read.
+    plan("query_bias" if fuses_bias else "query", problem).run(tensors)
     plan("key_value", problem).run(tensors)
-    if grad_rpb is not None:
+    if grad_rpb is not None and not fuses_bias:
         plan("bias", problem).run(tensors)
     grad_keys, grad_values = None, None
     if additional_keys is not None and additional_values is not None:
