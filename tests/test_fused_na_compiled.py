@@ -181,7 +181,7 @@ def test_query_and_bias(compiled: list[CompiledKernel], axes: tuple[Axis, ...], 
         (dict(axes=(Axis(1024, 3), Axis(8, 3))), True),
         (dict(axes=(Axis(56, 23), Axis(56, 23))), False),
         (dict(axes=(Axis(8, 2), Axis(16, 16), Axis(16, 16))), False),  # too many sums for shared memory
-        (dict(axes=(Axis(200, 18, 17), Axis(400, 18, 17))), False),  # too many classes
+        (dict(axes=(Axis(200, 12, 11), Axis(800, 5, 3))), False),  # too many classes of tiles
     ],
 )
 def test_where_query_and_bias_share_a_kernel(

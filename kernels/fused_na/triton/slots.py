@@ -81,7 +81,8 @@ def shares(slots: Slots, heads: int, batch: int, programs: int, memory: int) -> 
     """The box of tiles that are alike, and the samples, of a program.
 
     A program works out a tile's windows once for all its samples, and writes its sums once for all its tiles. So where
-    tiles are few, it has one and a chunk of the samples, and where they are many, several and all samples.
+    tiles are few, it has one and a chunk of the samples, and where they are many, several and all samples. Boxes grow
+    along the axis of most programs, lest few programs have most of the tiles.
 
     Args:
         slots: of the problem.
@@ -90,13 +91,13 @@ def shares(slots: Slots, heads: int, batch: int, programs: int, memory: int) -> 
         memory: bytes that their sums may take, enough for a program of each head and class.
     """
     wanted = min(programs, memory // slots.bytes)
-    box = [1, 1, 1]
-    for axis in (2, 1, 0):
-        along = slots.shares((box[0], box[1], box[2]))
-        if heads * prod(along) > wanted:
-            others = heads * prod(along) // along[axis]
-            room = wanted // others - slots.before[axis] - slots.after[axis]
-            box[axis] = ceil(slots.alike[axis] / max(1, room))
-    t, h, w = box
-    chunks = min(batch, max(1, wanted // (heads * prod(slots.shares((t, h, w))))))
-    return (t, h, w), ceil(batch / chunks)
+    box = (1, 1, 1)
+    while heads * prod(slots.shares(box)) > wanted:
+        groups = [ceil(alike / size) for alike, size in zip(slots.alike, box, strict=True)]
+        most, axis = max((n, x) for x, n in enumerate(groups))
+        if most == 1:
+            break
+        t, h, w = (size + (x == axis) for x, size in enumerate(box))
+        box = t, h, w
+    chunks = min(batch, max(1, wanted // (heads * prod(slots.shares(box)))))
+    return box, ceil(batch / chunks)
