@@ -388,6 +388,8 @@ def test_a_grid_is_its_interior_and_the_rest(seed: int) -> None:
 @triton.jit
 def shares_kernel(tiles, shares, before, alike, box):
     """The tiles of each share of the tiles of queries, `[shares, 64, 3]`."""
+    before, alike, box = query_bias.plain(before), query_bias.plain(alike), query_bias.plain(box)
+    shares = query_bias.plain(shares)
     t, h, w = query_bias.unravel_along(tl.program_id(0), shares)
     tile_t, tiles_t = query_bias.share_on_axis(t, before[0], alike[0], box[0])
     tile_h, tiles_h = query_bias.share_on_axis(h, before[1], alike[1], box[1])
@@ -428,7 +430,7 @@ def test_sums_of_the_bias_gradient(
     main, *others = prepared.launches
 
     arguments = main.arguments
-    along, chunks = arguments["shares"], ceil(batch / arguments["samples_per_program"])
+    along, chunks = query_bias.plain.fn(arguments["shares"]), ceil(batch / arguments["samples_per_program"])
     positions = slots.relative_positions(axes)
     partial = torch.randn(chunks, heads, prod(along), *positions.shape[1:])
     workspaces = {"partial": partial, "summed": torch.full(prepared.workspaces["summed"], torch.nan)}
@@ -438,7 +440,7 @@ def test_sums_of_the_bias_gradient(
 
     # The tiles of each share by the kernel's rule: of one class, and each in one share.
     tiles = torch.full((prod(along), 64, 3), -1, dtype=torch.int32)
-    shares_kernel[(prod(along),)](tiles, along, arguments["before"], arguments["alike"], arguments["box"])
+    shares_kernel[(prod(along),)](tiles, *(arguments[name] for name in ("shares", "before", "alike", "box")))
     class_of = {begin: kind for kind, (_, begins) in enumerate(slots.classes_of(axes)) for begin in begins}
     extent = torch.tensor(launch.choose_tiles("query_bias", geometry.workload).query)
     begins = [[tuple(tile) for tile in (share[share[:, 0] >= 0] * extent).tolist()] for share in tiles]

@@ -149,12 +149,10 @@ def place_of_step(places, stage):
 def packed_product(pairs, x, dtype: gl.constexpr):
     """Packed products of packed numbers with float32, rounded once."""
     even, odd = gl.split(x.reshape([x.shape[0], x.shape[1] // 2, 2]))
-    if dtype == gl.bfloat16:
-        unpack: gl.constexpr = "shl.b32 even, $1, 16; and.b32 odd, $1, 0xffff0000;"
-        name: gl.constexpr = "bf16x2"
-    else:
-        unpack: gl.constexpr = "mov.b32 {low, high}, $1; cvt.f32.f16 even, low; cvt.f32.f16 odd, high;"
-        name: gl.constexpr = "f16x2"
+    from_bfloat16: gl.constexpr = "shl.b32 even, $1, 16; and.b32 odd, $1, 0xffff0000;"
+    from_float16: gl.constexpr = "mov.b32 {low, high}, $1; cvt.f32.f16 even, low; cvt.f32.f16 odd, high;"
+    unpack: gl.constexpr = from_bfloat16 if dtype == gl.bfloat16 else from_float16
+    name: gl.constexpr = "bf16x2" if dtype == gl.bfloat16 else "f16x2"
     # Not pure, lest it be moved before the wait for the products that are in flight.
     return gl.inline_asm_elementwise(
         "{.reg .b32 even, odd; .reg .b16 low, high; "

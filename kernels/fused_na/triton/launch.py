@@ -24,9 +24,9 @@ from fused_na.triton.backward import additional_kernel, bias_fold_kernel, bias_k
 from fused_na.triton.forward import forward_kernel
 from fused_na.triton.forward_wide import forward_wide_kernel
 from fused_na.triton.key_value_wide import key_value_wide_kernel
-from fused_na.triton.query_wide import query_wide_kernel
 from fused_na.triton.query_bias import fold_kernel, query_bias_kernel, sum_kernel
-from fused_na.triton.slots import PROGRAMS, SLOT, Slots, shares, slots_of
+from fused_na.triton.query_wide import query_wide_kernel
+from fused_na.triton.slots import PROGRAMS, SLOT, Slots, odd, shares, slots_of
 from fused_na.triton.tiles import (
     HOPPER_SHARED_MEMORY,
     Extent,
@@ -450,8 +450,8 @@ def _wide(
 def _query(geometry: Geometry, tiles: Tiles) -> Prepared:
     moving = {"key": tiles.key, "value": tiles.key}
     if tiles.is_wide:
-        own = "query", "grad_output", "grad_query"
-        return _wide(geometry, query_wide_kernel, tiles, tiles.query, geometry.heads, moving, own)
+        halved = "query", "grad_output", "grad_query"
+        return _wide(geometry, query_wide_kernel, tiles, tiles.query, geometry.heads, moving, halved)
     own = "query", "grad_output", "output", "grad_query"
     return Prepared([geometry.launch(query_kernel, tiles, tiles.query, geometry.heads, moving, own)])
 
@@ -506,10 +506,10 @@ def _query_bias(geometry: Geometry, tiles: Tiles) -> Prepared:
     programs = chunks * heads * prod(along)
     splits = min(SPLITS, ceil(programs / (heads * slots.classes)))
     own: dict[str, Any] = {
-        "before": slots.before,
-        "alike": slots.alike,
-        "box": box,
-        "shares": along,
+        "before": odd(slots.before),
+        "alike": odd(slots.alike),
+        "box": odd(box),
+        "shares": odd(along),
         "samples_per_program": samples,
         "chunks": chunks,
         "splits": splits,
@@ -519,7 +519,7 @@ def _query_bias(geometry: Geometry, tiles: Tiles) -> Prepared:
     moving = {"key": tiles.key, "value": tiles.key}
     read = "query", "grad_output", "output"
     rest = geometry.arguments | own | {"QUERY_TILE": tiles.query, "KEY_TILE": tiles.key, "SLOTS": slots.number}
-    rest |= {"classes": slots.shares(slots.alike), "num_warps": 1}
+    rest |= {"classes": odd(slots.shares(slots.alike)), "num_warps": 1}
     launches = [
         geometry.launch(query_bias_kernel, tiles, tiles.query, heads, moving, read, **own),
         Launch(sum_kernel, splits * heads * slots.classes * slots.number, rest),

@@ -100,6 +100,12 @@ def following(step, counts, COUNTS: gl.constexpr):
 
 
 @triton.jit
+def plain(extent):
+    """An extent that the host made odd (`slots.odd`)."""
+    return (extent[0] >> 1) - 1, (extent[1] >> 1) - 1, (extent[2] >> 1) - 1
+
+
+@triton.jit
 def share_on_axis(index, before, alike, box):
     """First tile of queries of a share along an axis, and how many it has: up to `box` of the `alike` ones."""
     groups = tl.cdiv(alike, box)
@@ -167,7 +173,7 @@ def query_bias_kernel(
     length_t,
     length_h,
     length_w,
-    before,  # tiles of queries before those that are alike, along each axis: `slots.Slots`
+    before,  # tiles of queries before those that are alike, along each axis: `slots.Slots`; odd, as the next three
     alike,
     box,  # of tiles that are alike, most of a program
     shares,  # of the tiles, along each axis
@@ -215,6 +221,7 @@ def query_bias_kernel(
     ring = (key, value, keys, values, full)
     own_tensors = (query, grad_output, output)
 
+    before, alike, box, shares = plain(before), plain(alike), plain(box), plain(shares)
     pid = gl.program_id(0)
     all_shares = shares[0] * shares[1] * shares[2]
     rest = pid // all_shares
@@ -355,6 +362,7 @@ def sum_kernel(
 ):
     """Adds up a slot over one of `splits` parts of the programs of a class and head: `summed` is
     `[splits, heads, classes, slots, lane, number]`."""
+    before, alike, box, shares, classes = plain(before), plain(alike), plain(box), plain(shares), plain(classes)
     pid = tl.program_id(0)
     number = tl.arange(0, SLOT_SIZE)
     slot, rest = pid % SLOTS, pid // SLOTS
@@ -407,6 +415,7 @@ def fold_kernel(
 ):
     """Adds up one relative position of one head: in a class each of a plane's 8 queries meets it in one slot."""
     POSITIONS: tl.constexpr = (2 * KERNEL[0] - 1) * (2 * KERNEL[1] - 1) * (2 * KERNEL[2] - 1)
+    before, alike, classes = plain(before), plain(alike), plain(classes)
     pid = tl.program_id(0)
     head = pid // POSITIONS
     position = unravel(pid % POSITIONS, (2 * KERNEL[0] - 1, 2 * KERNEL[1] - 1, 2 * KERNEL[2] - 1))

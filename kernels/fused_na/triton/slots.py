@@ -101,3 +101,9 @@ def shares(slots: Slots, heads: int, batch: int, programs: int, memory: int) -> 
         box = t, h, w
     chunks = min(batch, max(1, wanted // (heads * prod(slots.shares(box)))))
     return box, ceil(batch / chunks)
+
+
+def odd(extent: Extent) -> Extent:
+    """Sizes as kernels take them: odd and not 1, lest Triton compile anew for those that are 1 or divisible by 16."""
+    t, h, w = (2 * size + 3 for size in extent)
+    return t, h, w
