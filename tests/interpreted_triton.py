@@ -208,6 +208,19 @@ def test_loads_and_bulk_copies(axes: list[Axis], has_rpb: bool, bulk: bool, monk
     assert bool(described) == (bulk and all(axis.dilation == 1 for axis in axes))
 
 
+@pytest.mark.parametrize("axis", [1, 2])
+def test_expanded_gradients(axis: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The gradient of a sum over an axis repeats itself along it, which bulk copies would not."""
+    monkeypatch.setattr(launch, "choose_tiles", lambda *problem: Tiles((4, 1, 4), (4, 1, 4), 1, 1, True))
+    monkeypatch.setattr(launch, "_capability", lambda device: 9)
+    inputs = [x.requires_grad_() for x in torch.randn(3, 1, 6, 7, 1, 16).unbind()]
+    gradients = [
+        torch.autograd.grad(na2d(*inputs, 3, backend=backend).sum(axis).square().sum(), inputs)
+        for backend in ("reference", "triton")
+    ]
+    torch.testing.assert_close(*gradients)
+
+
 def test_a_problem_is_planned_once() -> None:
     """Whatever the tensors' values; other strides are another problem."""
     query, key, value = torch.randn(3, 1, 6, 6, 1, 8)

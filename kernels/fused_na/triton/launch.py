@@ -334,7 +334,8 @@ class Geometry:
         return _contiguous(of.shape, of.dtype)
 
     def can_copy_in_bulk(self, layout: Layout) -> bool:
-        """Whether tiles of a tensor can be loaded by Hopper's bulk copy engine: heads side by side, 16-byte steps."""
+        """Whether tiles of a tensor can be loaded by Hopper's bulk copy engine: heads side by side, 16-byte steps, and
+        no axis along which it repeats itself, as expanded tensors do."""
         *strides, heads = layout.spatial_strides
         return (
             _capability(self.problem.device) >= 9
@@ -344,6 +345,7 @@ class Geometry:
             and all(stride * layout.dtype.itemsize % 16 == 0 and stride >= 0 for stride in strides)
             and strides[0] > 0
             and strides[3] > 0
+            and all(stride > 0 for size, stride in zip(layout.shape, layout.strides, strict=True) if size > 1)
         )
 
     @property
