@@ -7,9 +7,10 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from types import FrameType
 
 import torch
+
+SETTLE = 1.0  # seconds for the GPU to finish what the stopped processes have asked of it
 
 
 def join(file: Path | None) -> None:
@@ -21,7 +22,6 @@ def join(file: Path | None) -> None:
         return
     if os.getpgrp() != os.getpid():
         os.setpgrp()
-    signal.signal(signal.SIGUSR1, _stand_still)
     with file.open("a") as members:
         fcntl.flock(members, fcntl.LOCK_EX)
         members.write(f"{os.getpid()}\n")
@@ -31,7 +31,8 @@ def join(file: Path | None) -> None:
 def alone(file: Path | None) -> Iterator[None]:
     """Stops all other processes that have joined, with their children, until this one is done.
 
-    Others that want to be alone wait, as do those that join meanwhile.
+    They stop wherever they are: one that was asked to stop by itself would first finish the backward pass that it is
+    compiling, while all others wait. Others that want to be alone wait, as do those that join meanwhile.
     """
     if file is None:
         yield
@@ -41,22 +42,17 @@ def alone(file: Path | None) -> Iterator[None]:
         others = [int(line) for line in members if int(line) != os.getpid()]
         for process in others:
             with suppress(ProcessLookupError):  # some are done
-                os.kill(process, signal.SIGUSR1)
+                os.killpg(process, signal.SIGSTOP)
         while not all(map(_stands_still, others)):
             time.sleep(0.01)
+        if torch.cuda.is_available():
+            time.sleep(SETTLE)
         try:
             yield
         finally:
             for process in others:
                 with suppress(ProcessLookupError):
                     os.killpg(process, signal.SIGCONT)
-
-
-def _stand_still(number: int, frame: FrameType | None) -> None:
-    """Lets the GPU finish what this process has asked of it, and stops the process and its children."""
-    if torch.cuda.is_initialized():
-        torch.cuda.synchronize()
-    os.killpg(os.getpgrp(), signal.SIGSTOP)
 
 
 def _stands_still(process: int) -> bool:
