@@ -35,8 +35,11 @@ RESULTS = {
 }
 # Rows of a kernel's own tile, rows of the tiles it loops over, warps.
 SMALL = [(rows, moving, warps) for rows, warps in ((16, 1), (32, 1), (64, 2)) for moving in (16, 32, 64)]
+SMALL += [(64, 32, 4), (64, 64, 4)]
 REGISTERS = (None, 168, 128)  # at most, of a thread of the small ones
 LARGE = [(64, 32, 4), (64, 64, 4), (128, 32, 4), (128, 64, 4), (128, 32, 8), (128, 64, 8), (128, 128, 8)]
+# Rows of the tiles that the kernels of `wide.py` loop over, and stages.
+WIDE = [(128, 3), (64, 3), (64, 4)]
 
 
 class Subject:
@@ -71,20 +74,24 @@ class Subject:
         axes = as_three_axes(self.problem.axes)
         workload, over_keys = self.geometry.workload, self.kernel != "key_value"
         is_small = regime(workload).startswith("small")
-        found = {self.shipped}
         bulk = self.geometry.groups == 1
+        ways: list[tuple[int, int, int, int, int | None, bool]] = []
         for (rows, moving, warps), stages in product(SMALL if is_small else LARGE, (2, 3)):
-            tilings = sorted(
+            limits = REGISTERS if is_small and rows * moving <= 1024 else (None,)
+            ways += [(rows, moving, warps, stages, registers, False) for registers in limits]
+        if workload.is_wide and self.kernel != "bias":
+            ways += [(128, moving, 4, stages, 168, True) for moving, stages in WIDE]
+        found = {self.shipped}
+        for rows, moving, warps, stages, registers, is_wide in ways:
+            tilings = [
                 (executed_scores(axes, s, m, over_keys), -m[2], -s[2], s, m)
                 for s in extents(rows, axes)
                 for m in extents(moving, axes)
-            )
-            if not tilings:
-                continue
-            *_, s, m = tilings[0]
-            query, key = (s, m) if over_keys else (m, s)
-            for registers in REGISTERS if is_small and rows * moving <= 1024 else (None,):
-                tiles = Tiles(query, key, warps, stages, bulk, registers)
+            ]
+            if tilings:
+                *_, s, m = min(tilings)
+                query, key = (s, m) if over_keys else (m, s)
+                tiles = Tiles(query, key, warps, stages, bulk, registers, is_wide)
                 if tiles not in found:
                     found.add(tiles)
                     yield tiles
@@ -119,7 +126,7 @@ def rows_of(case: str, kernel: str, has_rpb: bool, top: int, device: torch.devic
         row |= {"tiles": " ".join("x".join(map(str, x)) for x in tiles[:2])}
         row |= {"warps": tiles.num_warps, "stages": tiles.num_stages}
         row |= {"registers": tiles.max_registers or "any"}
-        row |= {"loads": "bulk" if tiles.bulk else "pointers"}
+        row |= {"loads": "bulk" if tiles.bulk else "pointers", "wide": "yes" if tiles.is_wide else "no"}
         try:
             run = subject.prepare(tiles)
         except triton.runtime.errors.OutOfResources as error:
@@ -189,6 +196,7 @@ def main() -> None:
         "stages",
         "registers",
         "loads",
+        "wide",
         "choice",
         "status",
         "ms",
