@@ -7,9 +7,11 @@ Each measurement is a run of its own under torchrun: `ClassificationModule` unde
 in bfloat16 on GPUs, on batches that are at hand. Efficiency is images per second over processes times those of one
 process with the same batch per device. The losses are those of a small model in float32 on random images, learned by
 heart in a few epochs by one process and by several with the same effective batch: the largest relative difference.
+Rows are written as they come; on GPUs each measurement compiles anew, which takes minutes.
 """
 
 import argparse
+import csv
 import json
 import subprocess
 import sys
@@ -33,6 +35,8 @@ LOSS_EPOCHS = 6
 LOSS_BATCH = 64
 MODELS = {"nat_tiny": (128, (3, 224, 224)), "nat3d_tiny": (8, (3, 32, 224, 224))}
 """Batch per device and shape of an image or clip."""
+COLUMNS = ["what", "model", "processes", "batch_per_device", "images_per_second", "step_ms", "data_wait_ms"]
+COLUMNS += ["data_wait", "gpu_peak_gib", "efficiency", "loss_difference"]
 
 
 class BatchesAtHand(lightning.LightningDataModule):
@@ -113,11 +117,13 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda")
     parser.add_argument("--processes", type=int, default=2, help="GPUs beside one (default: %(default)s)")
-    parser.add_argument("--models", nargs="+", default=list(MODELS))
+    parser.add_argument("--models", nargs="*", default=list(MODELS), help="without one, only the losses")
     parser.add_argument("--batch-sizes", nargs="+", type=int, help="per device, for each model")
     parser.add_argument("--steps", type=int, default=100, help="measured of each training (default: %(default)s)")
     parser.add_argument("--commit", help="commit to record, where git cannot tell")
+    parser.add_argument("--no-losses", action="store_true", help="only the speed")
     parser.add_argument("--output", type=Path, default=ROOT / "results" / "distributed.csv", help="CSV to write")
+    parser.add_argument("--append", action="store_true", help="keep the rows that the output file has")
     parser.add_argument("--job", help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.job:
@@ -133,6 +139,15 @@ def main() -> int:
 
     where = provenance(torch.device(options.device), options.commit)
     rows: list[dict[str, Any]] = []
+    if options.append and options.output.exists():
+        with options.output.open(newline="") as file:
+            rows = list(csv.DictReader(file))
+
+    def write(row: dict[str, Any]) -> None:
+        rows.append(dict.fromkeys(COLUMNS, "") | row | where)
+        write_csv(options.output, rows)
+        print(row, flush=True)
+
     for position, model in enumerate(options.models):
         batch_size, shape = MODELS.get(model, (16, (3, 160, 160)))
         batch_size = options.batch_sizes[position] if options.batch_sizes else batch_size
@@ -143,18 +158,15 @@ def main() -> int:
             found = run(job | {"processes": processes})
             of_one = of_one or found["images_per_second"]
             found["efficiency"] = round(found["images_per_second"] / (processes * of_one), 4)
-            row = {"what": "speed", "model": model, "processes": processes, "batch_per_device": batch_size}
-            rows.append(row | found | {"loss_difference": ""} | where)
-            print({**row, **found}, flush=True)
-    losses = [
-        run({"what": "losses", "device": options.device, "processes": p})["losses"] for p in (1, options.processes)
-    ]
-    difference = max(abs(a - b) / abs(a) for a, b in zip(*losses, strict=True))
-    print(f"losses by epoch: {losses}; largest relative difference {difference:.2e}")
-    row = {name: "" for name in rows[0]} | {"what": f"losses of {LOSS_EPOCHS} epochs", "model": "nat_mini, small"}
-    row |= {"processes": options.processes, "batch_per_device": LOSS_BATCH // options.processes}
-    rows.append(row | {"loss_difference": f"{difference:.2e}"} | where)
-    write_csv(options.output, rows)
+            write({"what": "speed", "model": model, "processes": processes, "batch_per_device": batch_size} | found)
+    if not options.no_losses:
+        losses = [
+            run({"what": "losses", "device": options.device, "processes": p})["losses"] for p in (1, options.processes)
+        ]
+        difference = max(abs(a - b) / abs(a) for a, b in zip(*losses, strict=True))
+        print(f"losses by epoch: {losses}")
+        row = {"what": f"losses of {LOSS_EPOCHS} epochs", "model": "nat_mini, small", "processes": options.processes}
+        write(row | {"batch_per_device": LOSS_BATCH // options.processes, "loss_difference": f"{difference:.2e}"})
     return 0
 
 
