@@ -10,7 +10,7 @@ from pathlib import Path
 
 import torch
 
-SETTLE = 1.0  # seconds for the GPU to finish what the stopped processes have asked of it
+SETTLE = 1.0  # seconds for the GPU to finish what the stopped processes have asked of it, which is as a rule one call
 
 
 def join(file: Path | None) -> None:

@@ -34,8 +34,10 @@ def test_the_fastest_choice_is_found_and_kept(cache_file: Path, monkeypatch: pyt
     measured = len(ran)
     autotune._read.cache_clear()  # as a new process would
     assert autotune.measured_tiles("forward", WORKLOAD, ran.append) == tiles and len(ran) == measured
-    autotune.measured_tiles("forward", WORKLOAD._replace(has_rpb=True), ran.append)
-    assert len(ran) > measured, "a problem with a bias is another one"
+    for other in (dict(has_rpb=True), dict(is_wide=True), dict(shared_memory=101376)):
+        autotune.measured_tiles("forward", WORKLOAD._replace(**other), ran.append)
+        assert len(ran) > measured, f"{other} is another problem"
+        measured = len(ran)
 
 
 def test_the_shipped_choice_is_always_measured(cache_file: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -108,11 +108,12 @@ def test_wide_backward(compiled: list[CompiledKernel], axes: tuple[Axis, ...], d
     output, lse = torch.empty(query.shape, dtype=dtype), torch.empty(query.shape[:-1])
     launch.plan.cache_clear()
     launch.backward(output, lse, query, key, value, axes, 0.1, None, None, None, output, lse, False)
-    assert len(compiled) == 2
-    for kernel in compiled:
+    # Waits that leave two products in flight, one or two a loop over steps, two loops for each warpgroup: ptxas makes
+    # others of them where it lets products wait for each other.
+    for kernel, waits in zip(compiled, (4, 8), strict=True):
         assert "setmaxnreg" in kernel.asm["ptx"]
         assert spilled_bytes(kernel) <= 32
-        assert re.search(r"WARPGROUP.DEPBAR.LE gsb0, 0x2", dump(kernel, "-sass"))  # else one waits for another
+        assert len(re.findall(r"WARPGROUP.DEPBAR.LE gsb0, 0x2", dump(kernel, "-sass"))) == waits
 
 
 def test_only_hopper_has_the_wide_kernels(monkeypatch: pytest.MonkeyPatch) -> None:

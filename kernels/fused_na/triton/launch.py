@@ -38,6 +38,7 @@ from fused_na.triton.tiles import (
     can_lie_inside,
     choose_tiles,
     half,
+    regime,
 )
 from fused_na.window import Axis, group_members
 
@@ -316,6 +317,7 @@ class Geometry:
         copied = moving | (dict.fromkeys(own_tensors, own) if tiles.num_warps < 4 else {})
         layouts = {name: self.layout(name) for name in copied}
         arguments["TMA"] = tiles.bulk and self.groups == 1 and all(map(self.can_copy_in_bulk, layouts.values()))
+        assert arguments["TMA"] or not tiles.is_wide
         arguments["OWN_TMA"] = arguments["TMA"] and len(copied) > len(moving)
         bulk = {}
         if arguments["TMA"]:
@@ -359,11 +361,9 @@ class Geometry:
             problem.grad_rpb is not None
             and problem.additional_keys is None
             and _capability(problem.device) == 9
-            and problem.query.dtype.itemsize == 2
+            and regime(self.workload) in ("small", "small volume")
             and self.head_dim == self.head_dim_v == 32
-            and self.groups == 1
             and len(axes) > 1
-            and prod(axis.kernel_size for axis in axes) <= 512
             and not self.arguments["WIDE"]
             and all(layout is not None and self.can_copy_in_bulk(layout) for layout in read)
         ):

@@ -252,7 +252,7 @@ def block_width(head_dim: int) -> int:
 
 
 def shared_bytes(kernel: str, candidate: Candidate, workload: Workload) -> int:
-    """About as much shared memory as a program takes, and rather more."""
+    """About as much shared memory as a program takes."""
     moving = block_width(workload.head_dim) + block_width(workload.head_dim_v)
     stationary = block_width(workload.head_dim) if kernel == "forward" else moving
     rows = candidate.moving * candidate.num_stages * moving + candidate.stationary * stationary
