@@ -26,6 +26,7 @@ from torch.utils.checkpoint import checkpoint
 from fused_na import blocked, na1d, na2d, na3d, neighborhood_attention, ops
 from fused_na.triton import launch
 from fused_na.triton.launch import unscaled
+from fused_na.triton.tiles import Tiles, Workload, ranked_tiles
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs an NVIDIA GPU")]
 
@@ -200,12 +201,13 @@ def test_benchmark_workloads(name: str, has_rpb: bool, monkeypatch: pytest.Monke
 
 
 _FEW = dict(batch=2, heads=2, heads_kv=2, head_dim=128, head_dim_v=128)
-WIDE = {  # what the wide kernels take: one to many tiles of keys, with and without tiles inside all windows
+WIDE = {  # what the wide kernels can take: one to many tiles, with and without tiles inside all windows
     "one tile": Problem((64,), (32,), (1,), (1,), (False,), **_FEW),
     "two tiles": Problem((300,), (140,), (1,), (1,), (False,), **_FEW),
     "shared heads": Problem((1000,), (411,), (1,), (1,), (False,), **_FEW | dict(heads=6)),
     "sequence, strided": Problem((1003,), (512,), (128,), (1,), (False,), **_FEW),
     "sequence, causal": Problem((999,), (300,), (1,), (1,), (True,), **_FEW),
+    "sequence, causal, one step": Problem((1034,), (300,), (1,), (1,), (True,), **_FEW),
     "full attention": Problem((777,), (777,), (1,), (1,), (False,), **_FEW),
     "tiny map": Problem((5, 6), (3, 2), (1, 1), (1, 1), (False, False), **_FEW),
     "map": Problem((45, 51), (24, 37), (1, 1), (1, 1), (False, False), **_FEW | dict(heads=3, heads_kv=1)),
@@ -218,13 +220,23 @@ WIDE = {  # what the wide kernels take: one to many tiles of keys, with and with
 }
 
 
-@pytest.mark.parametrize("layout", ["packed", "heads first"])
+@pytest.mark.parametrize("way", ["packed", "packed, forced", "heads first"])
 @pytest.mark.parametrize("problem", WIDE.values(), ids=WIDE.keys())
-def test_wide_windows(problem: Problem, layout: str) -> None:
-    """Through the wide kernels, and where heads do not lie side by side, without it."""
+def test_wide_windows(problem: Problem, way: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Through the wide kernels where they are the fastest, through them in any case, and where heads do not lie side by
+    side, without them."""
+    if way == "packed, forced":
+
+        def wide_tiles(kernel: str, workload: Workload) -> Tiles:
+            ranked = [tiles for _, tiles in ranked_tiles(kernel, workload)]
+            return next((tiles for tiles in ranked if tiles.is_wide), ranked[0])
+
+        monkeypatch.setattr(launch, "choose_tiles", wide_tiles)
+    launch.plan.cache_clear()
     for dtype, tolerance in ((torch.bfloat16, 1e-2), (torch.float16, 2e-3)):
-        found = errors(problem, replace(problem, layout=layout).inputs(dtype, DEVICE))
+        found = errors(problem, replace(problem, layout=way.removesuffix(", forced")).inputs(dtype, DEVICE))
         assert max(found.values()) < tolerance, found
+    launch.plan.cache_clear()
 
 
 _BIASED = dict(head_dim=32, head_dim_v=32, has_rpb=True, layout="packed")
