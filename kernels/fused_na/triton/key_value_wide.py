@@ -2,10 +2,6 @@
 
 The producer also brings, a stage, the rows of log-sum-exp and delta and the place of the tile, and arrives on `full` a
 second time once they are stored.
-
-The last product of a step, of the gradients of its scores with its queries, is started in the next step, so that a
-warpgroup has products in flight while it works on the softmax. It therefore releases step `i - 1` at the end of step
-`i`, after a wait for step `i + 1`, which takes three stages.
 """
 
 from triton.experimental import gluon

@@ -1,9 +1,4 @@
-"""The query's gradient for large windows on Hopper, in Gluon; see `wide.py`.
-
-The last product of a step, of the gradients of its scores with its keys, is started in the next step, so that a
-warpgroup has products in flight while it works on the softmax. It therefore releases step `i - 1` at the end of step
-`i`, after a wait for step `i + 1`, which takes three stages.
-"""
+"""The query's gradient for large windows on Hopper, in Gluon; see `wide.py`."""
 
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl

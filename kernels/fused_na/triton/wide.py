@@ -9,6 +9,10 @@ barrier a wait for parity 1 is over at once. Nobody is ever two phases behind a 
   order. The producer arrives, with the bytes of its copies.
 - `empty[s]`, two arrivals a phase, the warpgroups': step `i` may be filled once phase `i // STAGES - 1` is over, that
   is when both are done with step `i - STAGES`; parity `(i // STAGES + 1) % 2`, over at once in the first round.
+
+The backward kernels start the last product of a step, of the gradients of its scores with the tile that was copied, in
+the next step, so that a warpgroup has products in flight while it works on the softmax. It therefore releases step
+`i - 1` at the end of step `i`, after a wait for step `i + 1`, which takes three stages.
 """
 
 from triton.experimental import gluon
