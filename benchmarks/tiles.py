@@ -74,7 +74,7 @@ class Subject:
         axes = as_three_axes(self.problem.axes)
         workload, over_keys = self.geometry.workload, self.kernel != "key_value"
         is_small = regime(workload).startswith("small")
-        bulk = self.geometry.groups == 1
+        bulk = not any(axis.length % axis.dilation for axis in axes)
         ways: list[tuple[int, int, int, int, int | None, bool]] = []
         for (rows, moving, warps), stages in product(SMALL if is_small else LARGE, (2, 3)):
             limits = REGISTERS if is_small and rows * moving <= 1024 else (None,)

@@ -184,7 +184,12 @@ def test_any_tiles(axes: list[Axis], query: Extent, key: Extent, monkeypatch: py
         [Axis(72, 40, 8)],  # has pairs of tiles that need no mask, as the next one has
         [Axis(9, 7), Axis(12, 8, 3)],
         [Axis(9, 4, 1, 2, True), Axis(7, 3, 2)],
+        [Axis(8, 4, 1, 2, True), Axis(7, 3, 2)],
+        [Axis(8, 3, 1, 2), Axis(9, 2, 1, 3)],
+        [Axis(8, 3, 1, 2), Axis(10, 2, 1, 3)],
+        [Axis(40, 5, 2, 4)],
         [Axis(5, 3, 2, 1, True), Axis(4, 3), Axis(5, 4)],
+        [Axis(4, 2, 1, 2, True), Axis(3, 3), Axis(6, 2, 1, 3)],
     ],
 )
 def test_loads_and_bulk_copies(axes: list[Axis], has_rpb: bool, bulk: bool, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -195,7 +200,11 @@ def test_loads_and_bulk_copies(axes: list[Axis], has_rpb: bool, bulk: bool, monk
     monkeypatch.setattr(launch, "_capability", lambda device: 9)
     described = []
     monkeypatch.setattr(launch, "TensorDescriptor", lambda *x: described.append(x) or TensorDescriptor(*x))
-    problem = Problem(*zip(*axes, strict=True), 1, 1, 1, head_dim=16, head_dim_v=32, has_rpb=has_rpb, layout="packed")
+    is_dilated = any(axis.dilation > 1 for axis in axes)
+    batch, heads = (2, 2) if is_dilated and len(axes) == 2 else (1, 1)
+    problem = Problem(
+        *zip(*axes, strict=True), batch, heads, 1, head_dim=16, head_dim_v=32, has_rpb=has_rpb, layout="packed"
+    )
     inputs = problem.inputs(torch.float32)
     if has_rpb and len(axes) == 3:  # forward alone, for time's sake
         results = [
@@ -205,7 +214,7 @@ def test_loads_and_bulk_copies(axes: list[Axis], has_rpb: bool, bulk: bool, monk
         torch.testing.assert_close(*results)
     else:
         check(problem)
-    assert bool(described) == (bulk and all(axis.dilation == 1 for axis in axes))
+    assert bool(described) == (bulk and not any(axis.length % axis.dilation for axis in axes))
 
 
 @pytest.mark.parametrize("axis", [1, 2])
@@ -423,6 +432,8 @@ def shares_kernel(tiles, shares, before, alike, box):
         ((Axis(13, 3, 2), Axis(19, 5, 3)), 3, 1),
         ((Axis(13, 3, 1, 1, True), Axis(80, 2)), 2, 2),  # several tiles a program
         ((Axis(5, 3, 1, 1, True), Axis(6, 2), Axis(5, 3)), 2, 2),
+        ((Axis(18, 3, 1, 2), Axis(12, 4, 2, 3)), 5, 2),
+        ((Axis(4, 2), Axis(6, 2, 1, 2), Axis(10, 2, 1, 2, True)), 2, 1),
     ],
 )
 def test_sums_of_the_bias_gradient(
@@ -444,6 +455,8 @@ def test_sums_of_the_bias_gradient(
 
     arguments = main.arguments
     along, chunks = query_bias.plain.fn(arguments["shares"]), ceil(batch / arguments["samples_per_program"])
+    chunks *= prod(axis.dilation for axis in axes)  # which a relative position does not depend on, as on the group
+    axes = tuple(axis._replace(length=axis.length // axis.dilation, dilation=1) for axis in axes)
     positions = slots.relative_positions(axes)
     partial = torch.randn(chunks, heads, prod(along), *positions.shape[1:])
     workspaces = {"partial": partial, "summed": torch.full(prepared.workspaces["summed"], torch.nan)}

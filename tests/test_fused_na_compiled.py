@@ -129,6 +129,7 @@ def test_only_hopper_has_the_wide_kernels(monkeypatch: pytest.MonkeyPatch) -> No
 
 
 MAP, CLIP = (Axis(56, 7), Axis(56, 7)), (Axis(16, 7, 1, 1, True), Axis(56, 7), Axis(56, 7))
+DILATED = (Axis(56, 7, 1, 8), Axis(56, 7, 1, 8))
 
 
 def run_backward(
@@ -153,7 +154,7 @@ def run_backward(
 
 
 @pytest.mark.parametrize("has_grad_lse", [False, True], ids=["", "lse"])
-@pytest.mark.parametrize("axes", [MAP, CLIP], ids=["map", "clip"])
+@pytest.mark.parametrize("axes", [MAP, CLIP, DILATED], ids=["map", "clip", "dilated map"])
 def test_query_and_bias(compiled: list[CompiledKernel], axes: tuple[Axis, ...], has_grad_lse: bool) -> None:
     """One kernel without spills, of which a multiprocessor runs several at once, and the sums of what it leaves."""
     launch.plan.cache_clear()
@@ -177,7 +178,9 @@ def test_query_and_bias(compiled: list[CompiledKernel], axes: tuple[Axis, ...], 
         (dict(axes=MAP, needs_rpb=False), False),
         (dict(axes=MAP, additional=2), False),
         (dict(axes=MAP, layout="heads first"), False),
-        (dict(axes=(Axis(56, 7, 1, 2), Axis(56, 7))), False),
+        (dict(axes=(Axis(56, 7, 1, 2), Axis(56, 7))), True),
+        (dict(axes=(Axis(16, 7, 1, 2), Axis(56, 7, 1, 4), Axis(56, 7))), True),
+        (dict(axes=(Axis(57, 7, 1, 2), Axis(56, 7))), False),
         (dict(axes=(Axis(300, 7),)), False),
         (dict(axes=(Axis(1024, 3), Axis(8, 3))), True),
         (dict(axes=(Axis(56, 23), Axis(56, 23))), False),

@@ -259,7 +259,29 @@ FUSED = {  # what the kernel of the query's and the bias's gradients takes
     "causal clip": Problem((9, 10, 11), (5, 7, 3), (1, 1, 1), (1, 1, 1), (True, False, False), 3, **_BIASED),
     "strided clip": Problem((6, 7, 12), (3, 4, 5), (2, 3, 1), (1, 1, 1), (False, False, True), 2, 4, 2, **_BIASED),
     "clips": Problem((8, 8, 8), (3, 3, 3), (1, 1, 1), (1, 1, 1), (False,) * 3, 9, **_BIASED),
+    "dilated map": Problem((28, 42), (7, 7), (1, 1), (4, 2), (False, False), 5, 4, 2, **_BIASED),
+    "dilation on one axis": Problem((14, 63), (5, 7), (2, 1), (1, 3), (False, True), 3, **_BIASED),
+    "dilated clip": Problem((8, 9, 12), (3, 3, 4), (1, 1, 1), (2, 3, 1), (True, False, False), 3, **_BIASED),
 }
+
+
+DILATED = {  # lengths that dilations divide, so that groups come through bulk copies
+    "sequence": Problem((120,), (9,), (2,), (5,), (True,), 3, 2, 1, 32, 64),
+    "map": Problem((28, 35), (7, 6), (1, 2), (4, 5), (False, False), 2, 4, 2, 32, 32, additional=3),
+    "dilation on one axis": Problem((13, 34), (7, 7), (1, 1), (1, 2), (False, False), 2, 2, 2, 64, 64),
+    "wide windows": Problem((48, 64), (16, 20), (1, 1), (3, 2), (True, False), 1, 2, 1, 128, 128),
+    "clip": Problem((6, 12, 14), (3, 3, 7), (1, 2, 1), (2, 3, 1), (True, False, False), 2, 2, 2, 32, 32),
+}
+
+
+@pytest.mark.parametrize("layout", ["packed", "contiguous", "heads first"])
+@pytest.mark.parametrize("has_rpb", [False, True], ids=["", "rpb"])
+@pytest.mark.parametrize("problem", DILATED.values(), ids=DILATED.keys())
+def test_dilations_that_divide_lengths(problem: Problem, has_rpb: bool, layout: str) -> None:
+    problem = replace(problem, has_rpb=has_rpb, layout=layout)
+    for dtype, tolerance in ((torch.bfloat16, 1e-2), (torch.float16, 2e-3)):
+        found = errors(problem, problem.inputs(dtype, DEVICE))
+        assert max(found.values()) < tolerance, found
 
 
 @pytest.fixture

@@ -15,6 +15,7 @@ from fused_na.triton.neighborhood import (
     bias_center,
     bias_position,
     clamped,
+    copy_origin,
     dilated,
     divided,
     inverse_windows,
@@ -97,6 +98,7 @@ def query_kernel(
     sample = divided(rest, divisors[6])
     head, batch = rest - sample * heads, sample.to(tl.int64)
     head_kv = head // HEADS_PER_KV
+    origin = copy_origin(batch, group, lengths, DILATED)
 
     inner = unravel(tl.arange(0, QUERIES), QUERY_TILE)
     member = clamped(begin, inner, members)
@@ -106,9 +108,9 @@ def query_kernel(
     row = offset(token, (length_h * length_w, length_w, 1), WIDE)
     output_base = batch * tokens * heads + head
     if OWN_TMA:
-        q = load_tile(query, batch, begin, head, QUERIES, HEAD_DIM)
-        grad_o = load_tile(grad_output, batch, begin, head, QUERIES, HEAD_DIM_V)
-        o = load_tile(output, batch, begin, head, QUERIES, HEAD_DIM_V)
+        q = load_tile(query, origin, begin, head, QUERIES, HEAD_DIM)
+        grad_o = load_tile(grad_output, origin, begin, head, QUERIES, HEAD_DIM_V)
+        o = load_tile(output, origin, begin, head, QUERIES, HEAD_DIM_V)
     else:
         query_base = query + batch * query_strides[0] + head * query_strides[4]
         q = load_rows(query_base, offset(token, query_strides[1:4], WIDE), is_query, HEAD_DIM, BLOCK_D)
@@ -148,8 +150,8 @@ def query_kernel(
             key_token = dilated(group, key_begin, dilations)
             is_key = below(key_begin, key_inner, stop)
             if TMA:
-                k = load_tile(key, batch, key_begin, head_kv, KEYS, HEAD_DIM)
-                v = load_tile(value, batch, key_begin, head_kv, KEYS, HEAD_DIM_V)
+                k = load_tile(key, origin, key_begin, head_kv, KEYS, HEAD_DIM)
+                v = load_tile(value, origin, key_begin, head_kv, KEYS, HEAD_DIM_V)
             else:
                 v_base = value_base + offset(key_token, value_strides[1:4], WIDE)
                 k = load_rows(key_base + offset(key_token, key_strides[1:4], WIDE), key_rows, is_key, HEAD_DIM, BLOCK_D)
@@ -178,7 +180,7 @@ def query_kernel(
             grad_q = product(grad_scores.to(k.dtype), k, grad_q, PRECISION=PRECISION)
 
     if OWN_TMA:
-        store_tile(grad_query, batch, begin, head, grad_q * scale, QUERY_TILE, HEAD_DIM)
+        store_tile(grad_query, origin, begin, head, grad_q * scale, QUERY_TILE, HEAD_DIM)
     else:
         base = grad_query + output_base * HEAD_DIM
         store_rows(base, row * heads * HEAD_DIM, is_query, grad_q * scale, HEAD_DIM, BLOCK_D)
@@ -235,14 +237,15 @@ def key_value_kernel(
     heads_kv = heads // HEADS_PER_KV
     sample = divided(rest, divisors[6])
     head_kv, batch = rest - sample * heads_kv, sample.to(tl.int64)
+    origin = copy_origin(batch, group, lengths, DILATED)
 
     inner = unravel(tl.arange(0, KEYS), KEY_TILE)
     member = clamped(begin, inner, members)
     is_key = below(begin, inner, members)
     token = dilated(group, member, dilations)
     if OWN_TMA:
-        k = load_tile(key, batch, begin, head_kv, KEYS, HEAD_DIM)
-        v = load_tile(value, batch, begin, head_kv, KEYS, HEAD_DIM_V)
+        k = load_tile(key, origin, begin, head_kv, KEYS, HEAD_DIM)
+        v = load_tile(value, origin, begin, head_kv, KEYS, HEAD_DIM_V)
     else:
         key_base = key + batch * key_strides[0] + head_kv * key_strides[4]
         value_base = value + batch * value_strides[0] + head_kv * value_strides[4]
@@ -276,8 +279,8 @@ def key_value_kernel(
                 query_origin = dilated(group, query_begin, dilations)
                 is_query = below(query_begin, query_inner, stop)
                 if TMA:
-                    q = load_tile(query, batch, query_begin, head, QUERIES, HEAD_DIM)
-                    grad_o = load_tile(grad_output, batch, query_begin, head, QUERIES, HEAD_DIM_V)
+                    q = load_tile(query, origin, query_begin, head, QUERIES, HEAD_DIM)
+                    grad_o = load_tile(grad_output, origin, query_begin, head, QUERIES, HEAD_DIM_V)
                 else:
                     query_base = query + batch * query_strides[0] + head * query_strides[4]
                     query_base += offset(query_origin, query_strides[1:4], WIDE)
@@ -305,8 +308,8 @@ def key_value_kernel(
                 query_begin = next_tile(query_begin, walk, QUERY_TILE, NEVER)
 
     if OWN_TMA:
-        store_tile(grad_key, batch, begin, head_kv, grad_k * scale, KEY_TILE, HEAD_DIM)
-        store_tile(grad_value, batch, begin, head_kv, grad_v, KEY_TILE, HEAD_DIM_V)
+        store_tile(grad_key, origin, begin, head_kv, grad_k * scale, KEY_TILE, HEAD_DIM)
+        store_tile(grad_value, origin, begin, head_kv, grad_v, KEY_TILE, HEAD_DIM_V)
     else:
         row = offset(token, row_strides, WIDE) * heads_kv
         row_base = batch * tokens * heads_kv + head_kv
@@ -426,10 +429,11 @@ def bias_kernel(
             for sample in tl.range(0, tl.minimum(part, batches - first_batch), num_stages=STAGES):
                 batch = (first_batch + sample).to(tl.int64)
                 if TMA:
-                    q = load_tile(query, batch, begin, head, QUERIES, HEAD_DIM)
-                    k = load_tile(key, batch, key_begin, head_kv, KEYS, HEAD_DIM)
-                    v = load_tile(value, batch, key_begin, head_kv, KEYS, HEAD_DIM_V)
-                    grad_o = load_tile(grad_output, batch, begin, head, QUERIES, HEAD_DIM_V)
+                    origin = copy_origin(batch, group, lengths, DILATED)
+                    q = load_tile(query, origin, begin, head, QUERIES, HEAD_DIM)
+                    k = load_tile(key, origin, key_begin, head_kv, KEYS, HEAD_DIM)
+                    v = load_tile(value, origin, key_begin, head_kv, KEYS, HEAD_DIM_V)
+                    grad_o = load_tile(grad_output, origin, begin, head, QUERIES, HEAD_DIM_V)
                 else:
                     query_base = query + batch * query_strides[0] + head * query_strides[4]
                     key_base = key + batch * key_strides[0] + head_kv * key_strides[4]

@@ -8,6 +8,7 @@ from fused_na.triton.neighborhood import (
     bias_center,
     bias_position,
     clamped,
+    copy_origin,
     dilated,
     divided,
     load_biases,
@@ -97,13 +98,14 @@ def forward_kernel(
     sample = divided(rest, divisors[6])
     head, batch = rest - sample * heads, sample.to(tl.int64)
     head_kv = head // HEADS_PER_KV
+    origin = copy_origin(batch, group, lengths, DILATED)
 
     inner = unravel(tl.arange(0, QUERIES), QUERY_TILE)
     member = clamped(begin, inner, members)
     is_query = below(begin, inner, members)
     token = dilated(group, member, dilations)
     if OWN_TMA:
-        q = load_tile(query, batch, begin, head, QUERIES, HEAD_DIM)
+        q = load_tile(query, origin, begin, head, QUERIES, HEAD_DIM)
     else:
         query_base = query + batch * query_strides[0] + head * query_strides[4]
         q = load_rows(query_base, offset(token, query_strides[1:4], WIDE), is_query, HEAD_DIM, BLOCK_D)
@@ -137,7 +139,7 @@ def forward_kernel(
             key_token = dilated(group, key_begin, dilations)
             is_key = below(key_begin, key_inner, stop)
             if TMA:
-                k = load_tile(key, batch, key_begin, head_kv, KEYS, HEAD_DIM)
+                k = load_tile(key, origin, key_begin, head_kv, KEYS, HEAD_DIM)
             else:
                 k = load_rows(key_base + offset(key_token, key_strides[1:4], WIDE), key_rows, is_key, HEAD_DIM, BLOCK_D)
             initial = tl.zeros([QUERIES, KEYS], tl.float32)
@@ -147,7 +149,7 @@ def forward_kernel(
                     initial += load_biases(rpb_rows + bias_position(key_begin, KERNEL), key_inner, KERNEL, 1)
             scores = product(q, k.T, initial, PRECISION=PRECISION)
             if TMA:
-                v = load_tile(value, batch, key_begin, head_kv, KEYS, HEAD_DIM_V)
+                v = load_tile(value, origin, key_begin, head_kv, KEYS, HEAD_DIM_V)
             else:
                 v_base = value_base + offset(key_token, value_strides[1:4], WIDE)
                 v = load_rows(v_base, value_rows, is_key, HEAD_DIM_V, BLOCK_DV)
@@ -171,7 +173,7 @@ def forward_kernel(
     row = offset(token, (length_h * length_w, length_w, 1), WIDE)
     result = accumulator * reciprocal(total)[:, None]
     if OWN_TMA:
-        store_tile(output, batch, begin, head, result, QUERY_TILE, HEAD_DIM_V)
+        store_tile(output, origin, begin, head, result, QUERY_TILE, HEAD_DIM_V)
     else:
         output_base = output + (batch * tokens * heads + head) * HEAD_DIM_V
         store_rows(output_base, row * heads * HEAD_DIM_V, is_query, result, HEAD_DIM_V, BLOCK_DV)

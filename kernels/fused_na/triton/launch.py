@@ -316,13 +316,14 @@ class Geometry:
         # and slower gradients.
         copied = moving | (dict.fromkeys(own_tensors, own) if tiles.num_warps < 4 else {})
         layouts = {name: self.layout(name) for name in copied}
-        arguments["TMA"] = tiles.bulk and self.groups == 1 and all(map(self.can_copy_in_bulk, layouts.values()))
+        arguments["TMA"] = tiles.bulk and all(map(self.can_copy_in_bulk, layouts.values()))
         assert arguments["TMA"] or not tiles.is_wide
         arguments["OWN_TMA"] = arguments["TMA"] and len(copied) > len(moving)
         bulk = {}
         if arguments["TMA"]:
             describe = _describe_for_gluon if isinstance(kernel, GluonJITFunction) else _describe
-            bulk = {name: partial(describe, layout, copied[name]) for name, layout in layouts.items()}
+            axes = as_three_axes(self.problem.axes)
+            bulk = {name: partial(describe, layout, axes, copied[name]) for name, layout in layouts.items()}
         return Launch(kernel, arguments.pop("programs"), arguments, bulk)
 
     def layout(self, name: str) -> Layout:
@@ -337,8 +338,13 @@ class Geometry:
 
     def can_copy_in_bulk(self, layout: Layout) -> bool:
         """Whether tiles of a tensor can be loaded by Hopper's bulk copy engine: heads side by side, 16-byte steps, and
-        no axis along which it repeats itself, as expanded tensors do."""
+        no axis along which it repeats itself, as expanded tensors do. With dilation also groups of one size, and tokens
+        at an even distance."""
         *strides, heads = layout.spatial_strides
+        sizes, axes = layout.shape[:-2], self.problem.axes
+        is_even = all(
+            n == 1 or layout.strides[i] == prod(sizes[i + 1 :]) * layout.strides[-3] for i, n in enumerate(sizes)
+        )
         return (
             _capability(self.problem.device) >= 9
             and layout.shape[-1] in (16, 32, 64, 128, 256)
@@ -348,6 +354,7 @@ class Geometry:
             and strides[0] > 0
             and strides[3] > 0
             and all(stride > 0 for size, stride in zip(layout.shape, layout.strides, strict=True) if size > 1)
+            and (self.groups == 1 or is_even and not any(axis.length % axis.dilation for axis in axes))
         )
 
     @property
@@ -369,13 +376,15 @@ class Geometry:
         ):
             return False
         slots = self.slots
-        return slots.bytes <= ACCUMULATOR_BYTES and self.heads * slots.classes * slots.bytes <= PARTIAL_BYTES
+        least = self.heads * self.groups * slots.classes * slots.bytes
+        return slots.bytes <= ACCUMULATOR_BYTES and least <= PARTIAL_BYTES
 
     @property
     def slots(self) -> Slots:
-        """Of `query_bias_kernel`."""
+        """Of `query_bias_kernel`, for each of its dilation groups, which have one size."""
         tiles = choose_tiles("query_bias", self.workload)
-        return slots_of(self.problem.axes, tiles.query, tiles.key)
+        axes = (axis._replace(length=axis.length // axis.dilation, dilation=1) for axis in self.problem.axes)
+        return slots_of(tuple(axes), tiles.query, tiles.key)
 
     def has_interior(self, tiles: Tiles) -> bool:
         """Whether a pair of tiles can lie wholly inside the neighborhood, where nothing is to be masked or added."""
@@ -388,22 +397,30 @@ class Geometry:
         return [ceil(group_members(axis, 0) / size) for axis, size in zip(axes, extent, strict=True)]
 
 
-def _described(layout: Layout, extent: Extent) -> tuple[list[int], list[int], list[int]]:
-    """Shape, strides and block of tiles of one head, of a tensor seen as `[B, t, h, w, heads * head_dim]`."""
-    batch, *spatial, heads, width = layout.shape
-    t, h, w = {1: [1, 1, *spatial], 2: [spatial[0], 1, spatial[-1]], 3: spatial}[len(spatial)]
-    stride, stride_t, stride_h, stride_w, _ = layout.spatial_strides
+def _described(layout: Layout, axes: tuple[Axis, Axis, Axis], extent: Extent) -> tuple[list[int], ...]:
+    """Shape, strides and block of tiles of one head, of a tensor seen as `[B, t, h, w, heads * head_dim]`.
+
+    With dilation t, h and w are those of a group, and in place of samples the tokens of all of them count, from any of
+    which on a group can lie (`neighborhood.copy_origin`): a view that overlaps itself.
+    """
+    batch, heads, width = layout.shape[0], *layout.shape[-2:]
+    stride, *others, stride_w, _ = layout.spatial_strides
+    if any(axis.dilation > 1 for axis in axes):
+        batch, stride = batch * prod(axis.length for axis in axes), stride_w
+    members = [axis.length // axis.dilation for axis in axes]
     # Axes of length 1 need a legal stride all the same.
-    strides = [stride, stride_t or stride_w, stride_h or stride_w, stride_w, 1]
-    return [batch, t, h, w, heads * width], strides, [1, *extent, width]
+    steps = [(x or stride_w) * axis.dilation for x, axis in zip((*others, stride_w), axes, strict=True)]
+    return [batch, *members, heads * width], [stride, *steps, 1], [1, *extent, width]
 
 
-def _describe(layout: Layout, extent: Extent, x: Tensor) -> TensorDescriptor:
-    return TensorDescriptor(x, *_described(layout, extent))
+def _describe(layout: Layout, axes: tuple[Axis, Axis, Axis], extent: Extent, x: Tensor) -> TensorDescriptor:
+    return TensorDescriptor(x, *_described(layout, axes, extent))
 
 
-def _describe_for_gluon(layout: Layout, extent: Extent, x: Tensor) -> GluonTensorDescriptor:
-    shape, strides, block = _described(layout, extent)
+def _describe_for_gluon(
+    layout: Layout, axes: tuple[Axis, Axis, Axis], extent: Extent, x: Tensor
+) -> GluonTensorDescriptor:
+    shape, strides, block = _described(layout, axes, extent)
     element = gl.bfloat16 if layout.dtype == torch.bfloat16 else gl.float16
     return GluonTensorDescriptor(x, shape, strides, block, gl.NVMMASharedLayout.get_default_for(block, element))
 
@@ -503,8 +520,9 @@ def _bias(geometry: Geometry, tiles: Tiles) -> Prepared:
 def _query_bias(geometry: Geometry, tiles: Tiles) -> Prepared:
     slots, heads, rpb = geometry.slots, geometry.heads, geometry.problem.grad_rpb
     assert rpb is not None
-    box, samples = shares(slots, heads, geometry.batch, PROGRAMS[len(geometry.problem.axes)], PARTIAL_BYTES)
-    along, chunks = slots.shares(box), ceil(geometry.batch / samples)
+    wanted = PROGRAMS[len(geometry.problem.axes)]
+    box, samples = shares(slots, heads * geometry.groups, geometry.batch, wanted, PARTIAL_BYTES)
+    along, chunks = slots.shares(box), ceil(geometry.batch / samples) * geometry.groups
     programs = chunks * heads * prod(along)
     splits = min(SPLITS, ceil(programs / (heads * slots.classes)))
     own: dict[str, Any] = {
@@ -522,6 +540,8 @@ def _query_bias(geometry: Geometry, tiles: Tiles) -> Prepared:
     read = "query", "grad_output", "output"
     rest = geometry.arguments | own | {"QUERY_TILE": tiles.query, "KEY_TILE": tiles.key, "SLOTS": slots.number}
     rest |= {"classes": odd(slots.shares(slots.alike)), "num_warps": 1}
+    for name, axis in zip("thw", as_three_axes(geometry.problem.axes), strict=True):
+        rest[f"length_{name}"] = axis.length // axis.dilation
     launches = [
         geometry.launch(query_bias_kernel, tiles, tiles.query, heads, moving, read, **own),
         Launch(sum_kernel, splits * heads * slots.classes * slots.number, rest),

@@ -254,16 +254,26 @@ def load_row_pair(first, second, rows, mask, ALL: tl.constexpr):
 
 
 @triton.jit
-def load_tile(descriptor, batch, begin, head, ROWS: tl.constexpr, HEAD_DIM: tl.constexpr):
+def copy_origin(batch, group, lengths, DILATED: tl.constexpr):
+    """Where a dilation group of a sample starts, as descriptors count (`launch._described`): its first token among
+    those of all samples, without dilation the sample."""
+    origin = batch.to(tl.int32)
+    if DILATED:
+        origin = ((origin * lengths[0] + group[0]) * lengths[1] + group[1]) * lengths[2] + group[2]
+    return origin
+
+
+@triton.jit
+def load_tile(descriptor, origin, begin, head, ROWS: tl.constexpr, HEAD_DIM: tl.constexpr):
     """Loads a tile `[rows, head_dim]` that starts at member `begin` through the bulk copy engine, zero outside the
     map."""
-    tile = descriptor.load([batch.to(tl.int32), begin[0], begin[1], begin[2], head * HEAD_DIM])
+    tile = descriptor.load([origin, begin[0], begin[1], begin[2], head * HEAD_DIM])
     return tile.reshape(ROWS, HEAD_DIM)
 
 
 @triton.jit
-def store_tile(descriptor, batch, begin, head, values, TILE: tl.constexpr, HEAD_DIM: tl.constexpr):
+def store_tile(descriptor, origin, begin, head, values, TILE: tl.constexpr, HEAD_DIM: tl.constexpr):
     """Stores a tile `[rows, head_dim]` that starts at member `begin` through the bulk copy engine, rows outside the map
     left out."""
     tile = values.to(descriptor.dtype).reshape(1, TILE[0], TILE[1], TILE[2], HEAD_DIM)
-    descriptor.store([batch.to(tl.int32), begin[0], begin[1], begin[2], head * HEAD_DIM], tile)
+    descriptor.store([origin, begin[0], begin[1], begin[2], head * HEAD_DIM], tile)

@@ -1,9 +1,9 @@
 """The gradient of the query together with that of the relative positional bias, for small windows on Hopper, in Gluon.
 
 At a fixed place on the map a pair's relative position does not depend on the sample. A program, which is one warp, owns
-tiles of queries of one head and goes through samples for each of them, and adds up `ds` by relative position: first in
-registers, over the pairs of a thread that share one, then in shared memory, where every thread has words of its own.
-There are no atomics and no exchange between threads, and the order of additions is fixed.
+tiles of queries of one head and dilation group and goes through samples for each of them, and adds up `ds` by relative
+position: first in registers, over the pairs of a thread that share one, then in shared memory, where every thread has
+words of its own. There are no atomics and no exchange between threads, and the order of additions is fixed.
 
 A tile of scores, 32 queries by 32 keys, is seen as planes: the pairs of the queries of one t, 8, and the keys of one t,
 16, of which a thread has `NUMBERS`. Planes with the same distance along t have the same relative positions and make a
@@ -25,6 +25,8 @@ from fused_na.triton.neighborhood import (
     bias_center,
     bias_position,
     clamped,
+    copy_origin,
+    dilated,
     load_biases,
     mask,
     unravel,
@@ -137,20 +139,21 @@ def tile_begin(start, step, KEY_TILE: gl.constexpr):
 
 
 @gluon.jit
-def fill(ring, step, stage, start, first_sample, head_kv, exists, KEY_TILE: gl.constexpr):
-    """Starts the copies of a step's keys and values into a stage, where the step exists."""
+def fill(ring, step, stage, start, origins, head_kv, exists, KEY_TILE: gl.constexpr):
+    """Starts the copies of a step's keys and values into a stage, where the step exists. `origins` are the first
+    sample's, as of `copy_origin`, and how far those of samples lie apart."""
     key, value, keys, values, full = ring
     t, h, w = tile_begin(start, step, KEY_TILE)
-    place = [first_sample + step[0], t, h, w, head_kv * key.block_type.shape[4]]
+    place = [origins[0] + step[0] * origins[1], t, h, w, head_kv * key.block_type.shape[4]]
     mbarrier.expect(full.index(stage), key.block_type.nbytes + value.block_type.nbytes, pred=exists)
     tma.async_copy_global_to_shared(key, place, full.index(stage), keys.index(stage), pred=exists)
     tma.async_copy_global_to_shared(value, place, full.index(stage), values.index(stage), pred=exists)
 
 
 @gluon.jit
-def fill_own(tensors, own, own_full, sample, begin, head, exists):
+def fill_own(tensors, own, own_full, origins, sample, begin, head, exists):
     """Starts the copies of a sample's queries, incoming gradients and outputs, where the sample exists."""
-    place = [sample, begin[0], begin[1], begin[2], head * tensors[0].block_type.shape[4]]
+    place = [origins[0] + sample * origins[1], begin[0], begin[1], begin[2], head * tensors[0].block_type.shape[4]]
     mbarrier.expect(own_full.index(0), 3 * tensors[0].block_type.nbytes, pred=exists)
     for i in gl.static_range(3):
         tma.async_copy_global_to_shared(tensors[i], place, own_full.index(0), own.index(i), pred=exists)
@@ -173,6 +176,7 @@ def query_bias_kernel(
     length_t,
     length_h,
     length_w,
+    dilations,
     before,  # tiles of queries before those that are alike, along each axis: `slots.Slots`; odd, as the next three
     alike,
     box,  # of tiles that are alike, most of a program
@@ -186,11 +190,13 @@ def query_bias_kernel(
     CAUSAL: gl.constexpr,
     QUERY_TILE: gl.constexpr,
     KEY_TILE: gl.constexpr,
+    DILATED: gl.constexpr,
     COUNTS: gl.constexpr,  # most tiles of keys of a tile of queries, along each axis
     STAGES: gl.constexpr,
 ):
-    """Gradients and `delta` of a share of the tiles of queries, of one head and some samples, and its sums of `ds`:
-    `partial` is `[programs, slots, lane, number]`. Query, key, value, incoming gradient and output as descriptors."""
+    """Gradients and `delta` of a share of the tiles of queries, of one head, one dilation group and some samples, and
+    its sums of `ds`: `partial` is `[programs, slots, lane, number]`. Query, key, value, incoming gradient and output as
+    descriptors; dilations divide the lengths."""
     gl.static_assert(QUERY_TILE[0] == 4 and QUERY_TILE[1] * QUERY_TILE[2] == 8)
     gl.static_assert(KEY_TILE[0] == 2 and KEY_TILE[1] * KEY_TILE[2] == 16)
     HEAD_DIM: gl.constexpr = query.block_type.shape[4]
@@ -231,10 +237,17 @@ def query_bias_kernel(
     tile_w, tiles_w = share_on_axis(share[2], before[2], alike[2], box[2])
     head = rest % heads
     head_kv = head // HEADS_PER_KV
-    first_sample = rest // heads * samples_per_program
-    samples = gl.minimum(samples_per_program, batches - first_sample)
+    dilation_group, chunk = (0, 0, 0), rest // heads
     lengths = (length_t, length_h, length_w)
+    if DILATED:
+        all_groups = dilations[0] * dilations[1] * dilations[2]
+        dilation_group, chunk = unravel_along(chunk % all_groups, dilations), chunk // all_groups
+        lengths = (length_t // dilations[0], length_h // dilations[1], length_w // dilations[2])
+    first_sample = chunk * samples_per_program
+    samples = gl.minimum(samples_per_program, batches - first_sample)
     tokens = length_w.to(gl.int64) * length_h * length_t
+    first_origin = copy_origin(first_sample, dilation_group, (length_t, length_h, length_w), DILATED)
+    origins = (first_origin, length_t * length_h * length_w if DILATED else 1)
     factor = scale * LOG2_E
 
     row_inner = unravel(gl.arange(0, 32, row_layout), QUERY_TILE)
@@ -255,7 +268,8 @@ def query_bias_kernel(
         begin = ((tile_t + t) * QUERY_TILE[0], (tile_h + h) * QUERY_TILE[1], (tile_w + w) * QUERY_TILE[2])
         member = clamped(begin, row_inner, lengths)
         is_query = below(begin, row_inner, lengths)
-        row = (member[0] * length_h + member[1]) * length_w + member[2]
+        token = dilated(dilation_group, member, dilations)
+        row = (token[0] * length_h + token[1]) * length_w + token[2]
         row_start, row_end = windows(member, lengths, KERNEL, STRIDE, CAUSAL)
         width_t = (row_end[0] - row_start[0]).to(gl.uint32, bitcast=True)
         lane_start, lane_end = windows(clamped(begin, lane_inner, lengths), lengths, KERNEL, STRIDE, CAUSAL)
@@ -272,10 +286,10 @@ def query_bias_kernel(
         all_steps = samples * steps
 
         # The ring runs on over samples: their last step already copies the first tile of the next one.
-        fill_own(own_tensors, own, own_full, first_sample, begin, head, True)
+        fill_own(own_tensors, own, own_full, origins, 0, begin, head, True)
         ahead, fill_stage = (0, 0, 0, 0), stage
         for early in gl.static_range(STAGES - 1):
-            fill(ring, ahead, fill_stage, start, first_sample, head_kv, early < all_steps, KEY_TILE)
+            fill(ring, ahead, fill_stage, start, origins, head_kv, early < all_steps, KEY_TILE)
             ahead = following(ahead, counts, COUNTS)
             fill_stage = gl.where(fill_stage == STAGES - 1, 0, fill_stage + 1)
         done = 0
@@ -296,7 +310,7 @@ def query_bias_kernel(
             grad_o = own.index(1).reshape([32, HEAD_DIM]).load(left)
             o = own.index(2).reshape([32, HEAD_DIM]).load(left)
             row_delta = gl.convert_layout(gl.sum(o.to(gl.float32) * grad_o.to(gl.float32), 1), row_layout)
-            fill_own(own_tensors, own, own_full, first_sample + sample + 1, begin, head, has_next)
+            fill_own(own_tensors, own, own_full, origins, sample + 1, begin, head, has_next)
             if grad_lse is not None:
                 row_delta -= gl.load(grad_lse + row_base + row, mask=is_query, other=0.0)
             gl.store(delta + row_base + row, row_delta, mask=is_query)
@@ -305,7 +319,7 @@ def query_bias_kernel(
             grad_q = gl.zeros([32, HEAD_DIM], gl.float32, layout)
             for _ in range(steps):
                 exists = done + (STAGES - 1) < all_steps
-                fill(ring, ahead, fill_stage, start, first_sample, head_kv, exists, KEY_TILE)
+                fill(ring, ahead, fill_stage, start, origins, head_kv, exists, KEY_TILE)
                 ahead = following(ahead, counts, COUNTS)
                 fill_stage = gl.where(fill_stage == STAGES - 1, 0, fill_stage + 1)
 
@@ -355,7 +369,7 @@ def sum_kernel(
     box,
     shares,
     classes,  # along each axis
-    chunks,  # of the samples
+    chunks,  # of the samples, for each dilation group
     heads,
     splits,
     SLOTS: tl.constexpr,

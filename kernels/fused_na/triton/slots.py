@@ -86,7 +86,7 @@ def shares(slots: Slots, heads: int, batch: int, programs: int, memory: int) -> 
 
     Args:
         slots: of the problem.
-        heads, batch: of the problem.
+        heads, batch: of the problem; heads times dilation groups, whose programs are their own.
         programs: at most how many there shall be, unless there are more classes.
         memory: bytes that their sums may take, enough for a program of each head and class.
     """

@@ -68,19 +68,20 @@ CANDIDATES = {
     ("key_value", "small volume"): [Candidate(32, 32, 1, 3, True, 75)],
     ("bias", "small"): [Candidate(16, 64, 1, 2, True, 60, max_registers=168)],
     ("bias", "small volume"): [Candidate(32, 32, 1, 2, True, 60, max_registers=168)],
-    # The same where a dilation group is small enough to be one or few tiles.
-    ("forward", "small dilated"): [Candidate(64, 32, 1, 2, False, 70), Candidate(32, 32, 1, 2, False, 60)],
-    ("query", "small dilated"): [Candidate(64, 32, 1, 2, False, 54), Candidate(32, 32, 1, 3, False, 52)],
-    ("key_value", "small dilated"): [Candidate(64, 64, 2, 2, False, 53), Candidate(32, 32, 1, 2, False, 45)],
-    ("bias", "small dilated"): [Candidate(64, 32, 2, 3, False, 40)],
+    # The same where dilation groups differ in size, so that no bulk copy takes them; measured on groups of one or few
+    # tiles. Groups of one size are to tiles what maps of that size are.
+    ("forward", "small uneven"): [Candidate(64, 32, 1, 2, False, 70), Candidate(32, 32, 1, 2, False, 60)],
+    ("query", "small uneven"): [Candidate(64, 32, 1, 2, False, 54), Candidate(32, 32, 1, 3, False, 52)],
+    ("key_value", "small uneven"): [Candidate(64, 64, 2, 2, False, 53), Candidate(32, 32, 1, 2, False, 45)],
+    ("bias", "small uneven"): [Candidate(64, 32, 2, 3, False, 40)],
     # The same with a relative positional bias, whose loads and addresses take registers.
     ("forward", "small with bias"): [Candidate(32, 32, 1, 3, True, 66, max_registers=168)],
     ("query", "small with bias"): [Candidate(32, 32, 1, 3, True, 47, max_registers=168)],
     ("forward", "small volume with bias"): [Candidate(16, 64, 1, 2, True, 69)],
     ("query", "small volume with bias"): [Candidate(16, 32, 1, 3, True, 56)],
-    ("forward", "small dilated with bias"): [Candidate(32, 32, 1, 2, False, 39, max_registers=128)],
-    ("query", "small dilated with bias"): [Candidate(32, 16, 1, 3, False, 30, max_registers=128)],
-    ("key_value", "small dilated with bias"): [Candidate(32, 16, 1, 3, False, 29, max_registers=168)],
+    ("forward", "small uneven with bias"): [Candidate(32, 32, 1, 2, False, 39, max_registers=128)],
+    ("query", "small uneven with bias"): [Candidate(32, 16, 1, 3, False, 30, max_registers=128)],
+    ("key_value", "small uneven with bias"): [Candidate(32, 16, 1, 3, False, 29, max_registers=168)],
     # The same at a head_dim above 32, not measured: two warps share what does not fit in the registers of one.
     ("key_value", "small at 64"): [Candidate(32, 32, 2, 2, True, 1)],
     # Everything else in 16 bits: warpgroup products, bound by the pipeline of softmax and products. The slowest
@@ -150,8 +151,8 @@ def regime(workload: Workload) -> str:
     if prod(axis.kernel_size for axis in axes) <= 512 and width <= 64:
         if width > 32:
             return "small at 64"
-        if prod(axis.dilation for axis in axes) > 1:
-            return "small dilated"
+        if any(axis.length % axis.dilation for axis in axes):
+            return "small uneven"
         return "small volume" if len(axes) == 3 else "small"
     if min(workload.head_dim, workload.head_dim_v) <= 32:
         return "mixed"
