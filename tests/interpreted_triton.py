@@ -407,6 +407,18 @@ def test_a_grid_is_its_interior_and_the_rest(seed: int) -> None:
         assert [tuple(tile) for tile in results[part, : steps[part]].tolist()] == expected
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_copy_of_the_bias(dtype: torch.dtype) -> None:
+    """Of scores that are yet to be scaled, and between zeros; of a bias that is not contiguous too."""
+    rpb = torch.randn(5, 2, 13, dtype=dtype).movedim(0, 2)
+    copy = launch.unscaled(rpb, 0.3)
+    assert copy is not None and torch.equal(copy, rpb.float() / 0.3)
+    room = torch.empty(0).set_(copy.untyped_storage())
+    margin = copy.storage_offset()
+    assert len(room) == 2 * margin + rpb.numel() and margin >= 13 + 2 * launch.LARGEST_TILE
+    assert not room[:margin].any() and not room[-margin:].any()
+
+
 @triton.jit
 def shares_kernel(tiles, shares, before, alike, box):
     """The tiles of each share of the tiles of queries, `[shares, 64, 3]`."""

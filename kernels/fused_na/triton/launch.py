@@ -21,6 +21,7 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 
 from fused_na.triton import autotune
 from fused_na.triton.backward import additional_kernel, bias_fold_kernel, bias_kernel, key_value_kernel, query_kernel
+from fused_na.triton.bias_copy import bias_copy_kernel
 from fused_na.triton.forward import forward_kernel
 from fused_na.triton.forward_wide import forward_wide_kernel
 from fused_na.triton.key_value_wide import key_value_wide_kernel
@@ -603,20 +604,32 @@ def _rows_contiguous(x: Tensor) -> Tensor:
     return x if x.stride(-1) == 1 else x.contiguous()
 
 
-def unscaled(rpb: Tensor | None, scale: float) -> Tensor | None:
-    """A bias as the kernels take it: float32, of scores that are yet to be scaled, and with zeros around it in memory,
-    as far as kernels reach for pairs of tokens that do not attend to each other.
-    """
-    if rpb is None:
-        return None
+@lru_cache(maxsize=4096)
+def _bias_copy(device: torch.device, rpb: Layout, scale: float) -> tuple[Launch, int]:
+    """What copies a contiguous bias for the kernels, and how many zeros there are to be on either side of it: as far as
+    kernels reach for pairs of tokens that do not attend to each other."""
     row, margin = 1, 0
     for size in reversed(rpb.shape[1:]):
         margin += row * (size + 2 * LARGEST_TILE)
         row *= size
     margin += -margin % 4  # keeps the alignment
-    room = torch.zeros(rpb.numel() + 2 * margin, dtype=torch.float32, device=rpb.device)
-    middle = room[margin : margin + rpb.numel()].view(rpb.shape)
-    return torch.div(rpb.detach().float(), scale, out=middle)
+    biases = prod(rpb.shape)
+    arguments = {"scale": scale, "margin": margin, "biases": biases, "BLOCK": 1024, "num_warps": 4}
+    return Launch(bias_copy_kernel, ceil((biases + 2 * margin) / 1024), arguments), margin
+
+
+def unscaled(rpb: Tensor | None, scale: float) -> Tensor | None:
+    """A bias as the kernels take it: float32, of scores that are yet to be scaled, and with zeros around it in memory.
+
+    By one launch, where PyTorch takes two: beside the small kernels of small maps that shows.
+    """
+    if rpb is None:
+        return None
+    rpb = rpb.detach().contiguous()
+    launch, margin = _bias_copy(rpb.device, _layout(rpb), scale)
+    room = torch.empty(rpb.numel() + 2 * margin, dtype=torch.float32, device=rpb.device)
+    launch({"rpb": rpb, "biases_copy": room})
+    return room[margin : margin + rpb.numel()].view(rpb.shape)
 
 
 def forward(
