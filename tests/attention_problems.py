@@ -102,15 +102,19 @@ def problems(draw: st.DrawFn, max_tokens: int = 200) -> Problem:
     )
 
 
-def attend_with_gradients(problem: Problem, inputs: dict[str, Tensor], backend: str | None) -> dict[str, Tensor]:
-    """Output, log-sum-exp and the gradient of every input under random incoming gradients, by name."""
+def attend_with_gradients(
+    problem: Problem, inputs: dict[str, Tensor], backend: str | None, has_grad_lse: bool = True
+) -> dict[str, Tensor]:
+    """Output, log-sum-exp and the gradient of every input under random incoming gradients of both, or the output's
+    alone, by name."""
     inputs = {name: x.detach().requires_grad_() for name, x in inputs.items()}
     output, lse = neighborhood_attention(**inputs, **problem.options, return_lse=True, backend=backend)
     generator = torch.Generator().manual_seed(1)
     incoming = [
         torch.randn(x.shape, generator=generator, dtype=torch.float64).to(x.device, x.dtype) for x in (output, lse)
     ]
-    gradients = torch.autograd.grad((output, lse), tuple(inputs.values()), incoming)
+    used = slice(2 if has_grad_lse else 1)
+    gradients = torch.autograd.grad((output, lse)[used], tuple(inputs.values()), incoming[used])
     return {"output": output.detach(), "lse": lse.detach()} | {
         f"gradient of {name}": gradient for name, gradient in zip(inputs, gradients, strict=True)
     }

@@ -139,7 +139,7 @@ def query_kernel(
     value_rows = offset(dilated(no_group, key_inner, dilations), value_strides[1:4], WIDE)
     if rpb is not None:
         rpb_base = rpb + head * ((2 * KERNEL[0] - 1) * (2 * KERNEL[1] - 1) * (2 * KERNEL[2] - 1)) + bias_center(KERNEL)
-        rpb_rows = rpb_base - bias_position(member, KERNEL)
+        rpb_begin = rpb_base - bias_position(begin, KERNEL)
 
     grad_q = tl.zeros([QUERIES, BLOCK_D], tl.float32)
     inner_begin, inner_end = interior(first, first_end, last_start, KEY_TILE)
@@ -158,9 +158,10 @@ def query_kernel(
                 v = load_rows(v_base, value_rows, is_key, HEAD_DIM_V, BLOCK_DV)
             initial = tl.zeros([QUERIES, KEYS], tl.float32)
             if not INNER:
-                initial = mask(start, end, key_begin, key_inner, QUERY_TILE, KEY_TILE)
+                biases = None
                 if rpb is not None:
-                    initial += load_biases(rpb_rows + bias_position(key_begin, KERNEL), key_inner, KERNEL, 1)
+                    biases = load_biases(rpb_begin + bias_position(key_begin, KERNEL), QUERY_TILE, KEY_TILE, KERNEL, 1)
+                initial = mask(start, end, key_begin, key_inner, QUERY_TILE, KEY_TILE, biases)
             scores = product(q, k.T, initial, PRECISION=PRECISION) * (scale * LOG2_E)
             probabilities = tl.exp2(scores - row_lse[:, None])
             grad_scores = probabilities * product(grad_o, v.T, minus_delta, PRECISION=PRECISION)
@@ -265,7 +266,6 @@ def key_value_kernel(
     row_strides = (length_h * length_w, length_w, 1)
     lse_rows = offset(query_token, row_strides, WIDE)
     tokens = length_w.to(tl.int64) * length_h * length_t
-    key_position = bias_position(member, KERNEL)
 
     grad_k = tl.zeros([KEYS, BLOCK_D], tl.float32)
     grad_v = tl.zeros([KEYS, BLOCK_DV], tl.float32)
@@ -294,11 +294,13 @@ def key_value_kernel(
 
                 initial = tl.zeros([KEYS, QUERIES], tl.float32)
                 if not INNER:
-                    initial = mask(start, end, query_begin, query_inner, KEY_TILE, QUERY_TILE)
+                    biases = None
                     if rpb is not None:
                         rpb_base = rpb + head * ((2 * KERNEL[0] - 1) * (2 * KERNEL[1] - 1) * (2 * KERNEL[2] - 1))
-                        rpb_base += bias_center(KERNEL) - bias_position(query_begin, KERNEL)
-                        initial += load_biases(rpb_base + key_position, query_inner, KERNEL, -1)
+                        rpb_base += bias_center(KERNEL) + bias_position(begin, KERNEL)
+                        rpb_begin = rpb_base - bias_position(query_begin, KERNEL)
+                        biases = load_biases(rpb_begin, KEY_TILE, QUERY_TILE, KERNEL, -1)
+                    initial = mask(start, end, query_begin, query_inner, KEY_TILE, QUERY_TILE, biases)
                 scores = product(k, q.T, initial, PRECISION=PRECISION) * (scale * LOG2_E)
                 probabilities = tl.exp2(scores - row_lse[None, :])
                 grad_v = product(probabilities.to(grad_o.dtype), grad_o, grad_v, PRECISION=PRECISION)
@@ -421,9 +423,9 @@ def bias_kernel(
             unshifted = is_unshifted(begin, members, QUERY_TILE, KERNEL, STRIDE, CAUSAL)
             if not (unshifted & was_unshifted):  # else the last tile's mask and bias hold for this one too
                 start, end = windows(member, members, KERNEL, STRIDE, CAUSAL)
-                rows = rpb_base + (bias_position(key_begin, KERNEL) - bias_position(member, KERNEL))
-                initial = mask(start, end, key_begin, key_inner, QUERY_TILE, KEY_TILE)
-                initial += load_biases(rows, key_inner, KERNEL, 1)
+                rpb_begin = rpb_base + (bias_position(key_begin, KERNEL) - bias_position(begin, KERNEL))
+                biases = load_biases(rpb_begin, QUERY_TILE, KEY_TILE, KERNEL, 1)
+                initial = mask(start, end, key_begin, key_inner, QUERY_TILE, KEY_TILE, biases)
                 initial = tl.where(is_query[:, None], initial, float("-inf"))
             was_unshifted = unshifted
             for sample in tl.range(0, tl.minimum(part, batches - first_batch), num_stages=STAGES):

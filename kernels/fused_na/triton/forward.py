@@ -124,7 +124,7 @@ def forward_kernel(
     value_rows = offset(dilated(no_group, key_inner, dilations), value_strides[1:4], WIDE)
     if rpb is not None:
         rpb_base = rpb + head * ((2 * KERNEL[0] - 1) * (2 * KERNEL[1] - 1) * (2 * KERNEL[2] - 1)) + bias_center(KERNEL)
-        rpb_rows = rpb_base - bias_position(member, KERNEL)
+        rpb_begin = rpb_base - bias_position(begin, KERNEL)
 
     factor = scale * LOG2_E
     highest = tl.full([QUERIES], -1e30, tl.float32)
@@ -144,9 +144,10 @@ def forward_kernel(
                 k = load_rows(key_base + offset(key_token, key_strides[1:4], WIDE), key_rows, is_key, HEAD_DIM, BLOCK_D)
             initial = tl.zeros([QUERIES, KEYS], tl.float32)
             if not INNER:
-                initial = mask(start, end, key_begin, key_inner, QUERY_TILE, KEY_TILE)
+                biases = None
                 if rpb is not None:
-                    initial += load_biases(rpb_rows + bias_position(key_begin, KERNEL), key_inner, KERNEL, 1)
+                    biases = load_biases(rpb_begin + bias_position(key_begin, KERNEL), QUERY_TILE, KEY_TILE, KERNEL, 1)
+                initial = mask(start, end, key_begin, key_inner, QUERY_TILE, KEY_TILE, biases)
             scores = product(q, k.T, initial, PRECISION=PRECISION)
             if TMA:
                 v = load_tile(value, origin, key_begin, head_kv, KEYS, HEAD_DIM_V)

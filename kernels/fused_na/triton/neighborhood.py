@@ -155,15 +155,18 @@ def mask_on_axis(row_start, row_end, column):
 
 
 @triton.jit
-def mask(row_start, row_end, begin, inner, ROW_TILE: tl.constexpr, COLUMN_TILE: tl.constexpr):
+def mask(row_start, row_end, begin, inner, ROW_TILE: tl.constexpr, COLUMN_TILE: tl.constexpr, biases=None):
     """What to add to scores: 0 where a column (member `begin + inner`) lies in a row's interval on every axis, -inf
-    elsewhere: `[rows, columns]`.
+    elsewhere: `[rows, columns]`. With `biases`, also `[rows, columns]`, these in place of 0.
 
-    A sum over axes, since additions run at twice the rate of selections and few of an axis's masks differ.
+    A sum over axes, since additions run at twice the rate of selections and few of an axis's masks differ. Nor do many
+    biases, but only for pairs at the same distance along t, so that its mask comes last.
     """
     total = mask_on_axis(row_start[2], row_end[2], begin[2] + inner[2])
     if ROW_TILE[1] * COLUMN_TILE[1] > 1:
         total += mask_on_axis(row_start[1], row_end[1], begin[1] + inner[1])
+    if biases is not None:
+        total += biases
     if ROW_TILE[0] * COLUMN_TILE[0] > 1:
         total += mask_on_axis(row_start[0], row_end[0], begin[0] + inner[0])
     return total
@@ -202,18 +205,29 @@ def bias_center(KERNEL: tl.constexpr):
 
 
 @triton.jit
-def load_biases(rows, inner, KERNEL: tl.constexpr, SIGN: tl.constexpr):
-    """Loads one bias a pair of tokens, `[rows, columns]`, also for pairs that do not attend to each other: around the
-    biases is room (`launch.unscaled`).
+def load_biases(base, ROW_TILE: tl.constexpr, COLUMN_TILE: tl.constexpr, KERNEL: tl.constexpr, SIGN: tl.constexpr):
+    """Loads one bias for each pair of tokens of two tiles, `[rows, columns]`, also for pairs that do not attend to each
+    other or lie outside the map: around the biases is room (`launch.unscaled`).
 
-    `rows` point to each row's bias for the first column of the tile; columns lie `inner` from there and count with
-    `SIGN`, 1 for keys and -1 for queries. The loads are assembly since Triton would make another layout for them, and
-    a 64-bit address for each. In the scores' layout a thread's columns differ by multiples of 8 and by 1 from the first
-    of them, which is thus apart: added to a row's pointer it leaves constants, which the instruction holds.
+    `base` points to the bias of the tiles' first tokens. `SIGN` is 1 where columns are keys, and -1 where rows are.
+
+    In the scores' layout three bits of a row and two of a column choose the lane. Apart from the others, which are
+    constants to the compiler, they leave one address and constants that the instruction holds, and pairs of a thread
+    at the same distance share a load.
     """
-    t, h, w = inner
-    first = w & 6
-    pointers = rows[:, None] + (SIGN * first)[None, :] + (SIGN * bias_position((t, h, w - first), KERNEL))[None, :]
+    row = tl.arange(0, ROW_TILE[0] * ROW_TILE[1] * ROW_TILE[2])
+    column = tl.arange(0, COLUMN_TILE[0] * COLUMN_TILE[1] * COLUMN_TILE[2])
+    row_lane, row_rest = unravel(row & 7, ROW_TILE), unravel(row & -8, ROW_TILE)
+    column_lane, column_rest = unravel(column & 6, COLUMN_TILE), unravel(column & -7, COLUMN_TILE)
+    lane = bias_position(column_lane, KERNEL)[None, :] - bias_position(row_lane, KERNEL)[:, None]
+    rest = bias_position(column_rest, KERNEL)[None, :] - bias_position(row_rest, KERNEL)[:, None]
+    return read_only(base + SIGN * lane + SIGN * rest)
+
+
+@triton.jit
+def read_only(pointers):
+    """Loads from memory that no thread writes, as assembly: Triton would take another layout for the loads, and a
+    64-bit address for each."""
     if INTERPRETED:
         return tl.load(pointers)
     return tl.inline_asm_elementwise(

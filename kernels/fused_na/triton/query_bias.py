@@ -27,8 +27,8 @@ from fused_na.triton.neighborhood import (
     clamped,
     copy_origin,
     dilated,
-    load_biases,
     mask,
+    read_only,
     unravel,
     windows,
 )
@@ -328,10 +328,11 @@ def query_bias_kernel(
                 step = following(step, counts, COUNTS)
                 apart = (key_begin[0] - begin[0], key_begin[1] - begin[1], key_begin[2] - begin[2])
                 masks = mask(lane_start, lane_end, key_begin, number_key, QUERY_PLANE, KEY_PLANE)
+                rpb_step = rpb_rows + bias_position(apart, KERNEL)
                 groups = gl.tuple(())
                 for group in gl.static_range(5):
                     group_key = (number_key[0] + (group - 3), number_key[1], number_key[2])
-                    biases = load_biases(rpb_rows + bias_position(apart, KERNEL), group_key, KERNEL, 1)
+                    biases = read_only(rpb_step[:, None] + bias_position(group_key, KERNEL)[None, :])
                     groups = groups + (biases + masks,)
                 initial = tile_of(groups, layout)
 
