@@ -22,7 +22,7 @@ from nat_models.data.device_transforms import batch_generator
 from nat_models.engine.build import quiet_lightning
 from nat_models.engine.callbacks import Mistake, PredictionRecorder
 from nat_models.engine.checkpoint import check_resumable, check_unfinished, find_checkpoint, read_checkpoint
-from nat_models.engine.classification import ClassificationModule
+from nat_models.engine.classification import COMPILE_MODES, ClassificationModule
 from nat_models.engine.errors import NonFiniteStepsError
 from nat_models.engine.evaluation import evaluate
 from nat_models.engine.non_finite import SkipNonFiniteSteps
@@ -210,6 +210,17 @@ def test_non_finite_loss_stops_training(tmp_path):
         module.model.head.bias[0] = math.nan
     with pytest.raises(NonFiniteStepsError, match="not finite in 3 steps in a row"):
         tiny_trainer(3, [SkipNonFiniteSteps(str(tmp_path / "skipped.csv"), max_consecutive=2)]).fit(module, digits())
+
+
+def test_compile_takes_the_modes_of_torch_compile(monkeypatch):
+    asked = []
+    monkeypatch.setattr(torch.nn.Module, "compile", lambda self, **options: asked.append(options))
+    for compile in (True, "reduce-overhead", False):
+        ClassificationModule("test_vit", 10, compile=compile).setup("fit")
+    assert asked == [{"mode": None}, {"mode": "reduce-overhead"}]
+    assert set(COMPILE_MODES) <= set(torch._inductor.list_mode_options())
+    with pytest.raises(ValueError, match="model.compile=fast: must be true, false or one of default, reduce-overhead"):
+        ClassificationModule("test_vit", 10, compile="fast")
 
 
 def test_unknown_model_names_the_nearest():

@@ -81,7 +81,7 @@ def test_kernels_chosen_by_measurement_are_refused(monkeypatch):
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("compile", [False, True])
+@pytest.mark.parametrize("compile", [False, True, "reduce-overhead"])
 @pytest.mark.parametrize("model, size", [("nat_mini", 64), ("dinat_mini", 64)])
 def test_training_on_a_gpu_repeats_its_bits(model, size, compile):
     def trained() -> dict[str, torch.Tensor]:

@@ -23,6 +23,8 @@ from nat_models.names import check_model_name
 
 LEAST_SHARE = 0.95
 TRAIN_METRICS = ("train_loss", "train_top1")
+COMPILE_MODES = ("default", "reduce-overhead", "max-autotune", "max-autotune-no-cudagraphs")
+"""Of `torch.compile`."""
 
 
 class ClassificationModule(lightning.LightningModule):
@@ -50,11 +52,12 @@ class ClassificationModule(lightning.LightningModule):
         mixup: arguments of `Mixup` (`mixup_alpha`, `cutmix_alpha`, `prob`, `switch_prob`, `mode`) or None.
         label_smoothing: weight of the uniform distribution in the training target.
         distillation: arguments of `Distillation` but the sizes, or None. Not kept in checkpoints.
-        compile: run the model through `torch.compile`.
+        compile: run the model through `torch.compile`: whether, or one of `COMPILE_MODES`. "reduce-overhead" replays
+            CUDA graphs, which pays where the host cannot launch kernels as fast as the GPU runs them.
 
     Raises:
-        ValueError: unknown model name (with the nearest ones), arguments that the model does not take, or weights that
-            do not fit.
+        ValueError: unknown model name (with the nearest ones), arguments that the model does not take, weights that do
+            not fit, or unknown way to compile.
     """
 
     def __init__(
@@ -71,8 +74,10 @@ class ClassificationModule(lightning.LightningModule):
         mixup: dict[str, Any] | None = None,
         label_smoothing: float = 0.0,
         distillation: dict[str, Any] | None = None,
-        compile: bool = False,
+        compile: bool | str = False,
     ) -> None:
+        if not isinstance(compile, bool) and compile not in COMPILE_MODES:
+            raise ValueError(f"model.compile={compile}: must be true, false or one of {', '.join(COMPILE_MODES)}")
         super().__init__()
         self.save_hyperparameters(ignore=["pretrained", "from_scratch", "distillation"])
         check_model_name(model_name)
@@ -101,8 +106,9 @@ class ClassificationModule(lightning.LightningModule):
         self.test_metrics = self.val_metrics.clone(prefix="test/")
 
     def setup(self, stage: str) -> None:
-        if self.hparams["compile"]:
-            self.model.compile()
+        compile = self.hparams["compile"]
+        if compile:
+            self.model.compile(mode=None if compile is True else compile)
 
     def configure_model(self) -> None:
         """Shards the model over the devices where the strategy has given it some to share (`FullyShardedStrategy`)."""
@@ -125,6 +131,9 @@ class ClassificationModule(lightning.LightningModule):
     def on_train_batch_start(self, batch: Any, batch_idx: int) -> None:
         # What is random in the model depends on the batch alone, so that nothing needs to be restored on resuming.
         seed_generators(BATCH, run_seed(), self.current_epoch, batch_idx, self.global_rank)
+        # Gradients lie where the CUDA graph of a backward pass put them, and are yet to be added to.
+        if batch_idx % self.trainer.accumulate_grad_batches == 0:
+            self._let_graphs_overwrite_results()
 
     def training_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> Tensor:
         images, labels = batch
@@ -147,6 +156,17 @@ class ClassificationModule(lightning.LightningModule):
         self.log("train/lr", max(group["lr"] for group in self.trainer.optimizers[0].param_groups))
         # A loss that is not finite makes all gradients so, on all ranks: SkipNonFiniteSteps then skips the step.
         return loss * torch.where(finite, 1.0, torch.nan)
+
+    def on_validation_batch_start(self, batch: Any, batch_idx: int, dataloader_idx: int = 0) -> None:
+        self._let_graphs_overwrite_results()
+
+    def on_test_batch_start(self, batch: Any, batch_idx: int, dataloader_idx: int = 0) -> None:
+        self._let_graphs_overwrite_results()
+
+    def _let_graphs_overwrite_results(self) -> None:
+        """Tells CUDA graphs that nobody needs the results of earlier steps any more."""
+        if self.hparams["compile"]:
+            torch.compiler.cudagraph_mark_step_begin()
 
     def validation_step(self, batch: tuple[Tensor, ...], batch_idx: int) -> Tensor:
         return self._evaluation_step(batch, self.val_loss, self.val_metrics, "val/loss")
