@@ -23,7 +23,11 @@ from record import write_csv
 from timing import milliseconds, provenance
 from torch import Tensor
 
-from fused_na.triton import launch
+from fused_na.triton import attention
+from fused_na.triton.geometry import Geometry
+from fused_na.triton.plan import plan_of
+from fused_na.triton.prepare import PREPARE
+from fused_na.triton.problem import Tensors, problem_of
 from fused_na.triton.tiles import Tiles, as_three_axes, choose_tiles, executed_scores, extents, regime
 
 PROBLEMS = CASES | {f"random_{seed}": random_problem(seed) for seed in range(30)}
@@ -48,20 +52,20 @@ class Subject:
     def __init__(self, problem: Problem, kernel: str, has_rpb: bool, device: torch.device, dtype: torch.dtype) -> None:
         query, key, value, rpb, incoming = problem.inputs(dtype, device, has_rpb, seed=0)
         scale = problem.head_dim**-0.5
-        output, lse = launch.forward(query, key, value, problem.axes, scale, rpb, None, None)
-        self.tensors: launch.Tensors = {"query": query, "key": key, "value": value, "rpb": launch.unscaled(rpb, scale)}
+        output, lse = attention.forward(query, key, value, problem.axes, scale, rpb, None, None)
+        self.tensors: Tensors = {"query": query, "key": key, "value": value, "rpb": attention.unscaled(rpb, scale)}
         self.tensors |= {"additional_keys": None, "additional_values": None}
         if kernel != "forward":
             self.tensors |= {"grad_output": incoming, "grad_lse": None}
-        self.kernel, self.problem = kernel, launch.problem_of(problem.axes, scale, self.tensors)
-        self.geometry = launch.Geometry(self.problem)
+        self.kernel, self.problem = kernel, problem_of(problem.axes, scale, self.tensors)
+        self.geometry = Geometry(self.problem)
         rows = lse.movedim(-1, 1)  # as the kernels take them
         self.tensors |= {"output": output, "lse": rows, "delta": torch.empty_like(rows)}
         written = {"grad_query": query, "grad_key": key, "grad_value": value, "grad_rpb": rpb}
         for name, x in written.items():
             self.tensors[name] = None if x is None else torch.empty(x.shape, dtype=x.dtype, device=device)
         if kernel in ("key_value", "bias"):
-            launch.plan("query", self.problem).run(self.tensors)  # writes delta
+            plan_of("query", self.problem).run(self.tensors)  # writes delta
 
     @property
     def shipped(self) -> Tiles:
@@ -98,7 +102,7 @@ class Subject:
 
     def prepare(self, tiles: Tiles) -> Callable[[], object]:
         """What runs the kernel with certain tiles, after it ran once."""
-        prepared = launch.PREPARE[self.kernel](self.geometry, tiles)
+        prepared = PREPARE[self.kernel](self.geometry, tiles)
         for name in RESULTS[self.kernel]:
             result = self.tensors[name]
             assert result is not None

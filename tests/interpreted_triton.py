@@ -24,7 +24,9 @@ from triton.runtime import interpreter
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from fused_na import merge_attentions, na2d, neighborhood_attention, ops
-from fused_na.triton import launch, neighborhood, query_bias, walk
+from fused_na.triton import attention, bulk_copy, gpu, neighborhood, plan, prepare, query_bias, walk
+from fused_na.triton.geometry import PARTIAL_BYTES, Geometry, divisor
+from fused_na.triton.problem import Tensors, problem_of
 from fused_na.triton.tiles import Extent, Tiles, Workload, as_three_axes
 from fused_na.window import Axis, inverse_window, window
 
@@ -36,7 +38,7 @@ pytestmark = pytest.mark.filterwarnings("ignore:Conversion of an array:Deprecati
 @pytest.fixture(autouse=True)
 def new_plans() -> None:
     """Lets a test choose tiles for a problem that another one ran already."""
-    launch.plan.cache_clear()
+    plan.plan_of.cache_clear()
 
 
 AXES = {  # of a map, per rank: length, kernel_size, stride, dilation, is_causal
@@ -172,7 +174,7 @@ def test_any_legal_problem(problem: Problem) -> None:
 )
 def test_any_tiles(axes: list[Axis], query: Extent, key: Extent, monkeypatch: pytest.MonkeyPatch) -> None:
     """The result does not depend on the tiles; these are among the smallest, so that every map has several."""
-    monkeypatch.setattr(launch, "choose_tiles", lambda *problem: Tiles(query, key, num_warps=1, num_stages=1))
+    monkeypatch.setattr(plan, "choose_tiles", lambda *problem: Tiles(query, key, num_warps=1, num_stages=1))
     check(Problem(*zip(*axes, strict=True), batch=1, heads=1, heads_kv=1, has_rpb=True))
 
 
@@ -196,10 +198,10 @@ def test_loads_and_bulk_copies(axes: list[Axis], has_rpb: bool, bulk: bool, monk
     """With and without the GPU's engine for bulk copies."""
     query = [(1, 1, 16), (4, 1, 4), (2, 2, 4)][len(axes) - 1]
     key = [(1, 1, 16), (4, 1, 4), (1, 4, 4)][len(axes) - 1]
-    monkeypatch.setattr(launch, "choose_tiles", lambda *problem: Tiles(query, key, 1, 1, bulk))
-    monkeypatch.setattr(launch, "_capability", lambda device: 9)
+    monkeypatch.setattr(plan, "choose_tiles", lambda *problem: Tiles(query, key, 1, 1, bulk))
+    monkeypatch.setattr(gpu, "capability", lambda device: 9)
     described = []
-    monkeypatch.setattr(launch, "TensorDescriptor", lambda *x: described.append(x) or TensorDescriptor(*x))
+    monkeypatch.setattr(bulk_copy, "TensorDescriptor", lambda *x: described.append(x) or TensorDescriptor(*x))
     is_dilated = any(axis.dilation > 1 for axis in axes)
     batch, heads = (2, 2) if is_dilated and len(axes) == 2 else (1, 1)
     problem = Problem(
@@ -220,8 +222,8 @@ def test_loads_and_bulk_copies(axes: list[Axis], has_rpb: bool, bulk: bool, monk
 @pytest.mark.parametrize("axis", [1, 2])
 def test_expanded_gradients(axis: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """The gradient of a sum over an axis repeats itself along it, which bulk copies would not."""
-    monkeypatch.setattr(launch, "choose_tiles", lambda *problem: Tiles((4, 1, 4), (4, 1, 4), 1, 1, True))
-    monkeypatch.setattr(launch, "_capability", lambda device: 9)
+    monkeypatch.setattr(plan, "choose_tiles", lambda *problem: Tiles((4, 1, 4), (4, 1, 4), 1, 1, True))
+    monkeypatch.setattr(gpu, "capability", lambda device: 9)
     inputs = [x.requires_grad_() for x in torch.randn(3, 1, 6, 7, 1, 16).unbind()]
     gradients = [
         torch.autograd.grad(na2d(*inputs, 3, backend=backend).sum(axis).square().sum(), inputs)
@@ -235,7 +237,7 @@ def test_a_problem_is_planned_once() -> None:
     query, key, value = torch.randn(3, 1, 6, 6, 1, 8)
     for tensors in ((query, key, value), (query + 1, key, value), (query.transpose(1, 2), key, value)):
         na2d(*tensors, 3, backend="triton")
-    assert (launch.plan.cache_info().hits, launch.plan.cache_info().misses) == (1, 2)
+    assert (plan.plan_of.cache_info().hits, plan.plan_of.cache_info().misses) == (1, 2)
 
 
 @pytest.mark.parametrize("path", golden.GOLDEN, ids=lambda path: path.stem)
@@ -248,7 +250,7 @@ def test_golden_values(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         tile = t, h, max(w, 16 // (t * h))
         return Tiles(tile, tile, num_warps=1, num_stages=1)
 
-    monkeypatch.setattr(launch, "choose_tiles", choose_tiles)
+    monkeypatch.setattr(plan, "choose_tiles", choose_tiles)
     golden.test_golden_values(path, "triton")
 
 
@@ -358,7 +360,7 @@ def test_divisions_by_multiplication() -> None:
     ]
     pairs += [(0, 1)] * (-len(pairs) % 1024)
     numbers = torch.tensor([number for number, _ in pairs], dtype=torch.int32)
-    packed = torch.tensor([launch.divisor(n) for _, n in pairs])
+    packed = torch.tensor([divisor(n) for _, n in pairs])
     results = torch.empty_like(numbers)
     quotients_kernel[(len(pairs) // 1024,)](numbers, packed, results)
     assert results.tolist() == [number // n for number, n in pairs]
@@ -411,11 +413,11 @@ def test_a_grid_is_its_interior_and_the_rest(seed: int) -> None:
 def test_copy_of_the_bias(dtype: torch.dtype) -> None:
     """Of scores that are yet to be scaled, and between zeros; of a bias that is not contiguous too."""
     rpb = torch.randn(5, 2, 13, dtype=dtype).movedim(0, 2)
-    copy = launch.unscaled(rpb, 0.3)
+    copy = attention.unscaled(rpb, 0.3)
     assert copy is not None and torch.equal(copy, rpb.float() / 0.3)
     room = torch.empty(0).set_(copy.untyped_storage())
     margin = copy.storage_offset()
-    assert len(room) == 2 * margin + rpb.numel() and margin >= 13 + 2 * launch.LARGEST_TILE
+    assert len(room) == 2 * margin + rpb.numel() and margin >= 13 + 2 * attention.LARGEST_TILE
     assert not room[:margin].any() and not room[-margin:].any()
 
 
@@ -452,16 +454,16 @@ def test_sums_of_the_bias_gradient(
     axes: tuple[Axis, ...], batch: int, heads: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """What follows the kernel that takes the query's gradient as well, on random sums in its place."""
-    monkeypatch.setattr(launch, "_capability", lambda device: 9)
-    monkeypatch.setattr(launch, "PROGRAMS", {2: 40, 3: 20})
+    monkeypatch.setattr(gpu, "capability", lambda device: 9)
+    monkeypatch.setattr(prepare, "PROGRAMS", {2: 40, 3: 20})
     query = torch.empty(batch, *(axis.length for axis in axes), heads, 32, dtype=torch.bfloat16)
     rpb = torch.empty(heads, *(2 * axis.kernel_size - 1 for axis in axes))
-    tensors: launch.Tensors = dict.fromkeys(["query", "key", "value", "grad_output", "output"], query)
+    tensors: Tensors = dict.fromkeys(["query", "key", "value", "grad_output", "output"], query)
     tensors |= dict(rpb=rpb, grad_rpb=rpb, additional_keys=None, additional_values=None)
-    geometry = launch.Geometry(launch.problem_of(axes, 1.0, tensors))
+    geometry = Geometry(problem_of(axes, 1.0, tensors))
     assert geometry.fuses_bias
-    prepared = launch.PREPARE["query_bias"](geometry, launch.choose_tiles("query_bias", geometry.workload))
-    assert prod(prepared.workspaces["partial"]) * 4 <= launch.PARTIAL_BYTES
+    prepared = prepare.PREPARE["query_bias"](geometry, plan.choose_tiles("query_bias", geometry.workload))
+    assert prod(prepared.workspaces["partial"]) * 4 <= PARTIAL_BYTES
     assert prod(prepared.workspaces["summed"]) <= prod(prepared.workspaces["partial"])
     main, *others = prepared.launches
 
@@ -480,7 +482,7 @@ def test_sums_of_the_bias_gradient(
     tiles = torch.full((prod(along), 64, 3), -1, dtype=torch.int32)
     shares_kernel[(prod(along),)](tiles, *(arguments[name] for name in ("shares", "before", "alike", "box")))
     class_of = {begin: kind for kind, (_, begins) in enumerate(slots.classes_of(axes)) for begin in begins}
-    extent = torch.tensor(launch.choose_tiles("query_bias", geometry.workload).query)
+    extent = torch.tensor(plan.choose_tiles("query_bias", geometry.workload).query)
     begins = [[tuple(tile) for tile in (share[share[:, 0] >= 0] * extent).tolist()] for share in tiles]
     assert sorted(begin for share in begins for begin in share) == sorted(class_of)
     kinds = torch.tensor([class_of[share[0]] for share in begins])

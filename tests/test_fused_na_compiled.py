@@ -14,7 +14,10 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import CompiledKernel
 from triton.runtime import driver
 
-from fused_na.triton import launch, query_bias
+from fused_na.triton import attention, gpu, plan, query_bias
+from fused_na.triton.geometry import Geometry
+from fused_na.triton.launch import Launch, Prepared
+from fused_na.triton.problem import Tensors, problem_of
 from fused_na.triton.tiles import choose_tiles
 from fused_na.window import Axis
 
@@ -39,13 +42,13 @@ def compiled(monkeypatch: pytest.MonkeyPatch) -> list[CompiledKernel]:
     """Kernels in the order in which they are launched, of which none runs."""
     kernels: list[CompiledKernel] = []
 
-    def compile_kernel(self: launch.Launch, tensors: launch.Tensors) -> None:
+    def compile_kernel(self: Launch, tensors: Tensors) -> None:
         arguments = self.arguments | {name: tensors[name] for name in self.tensors}
         arguments |= {name: describe(tensors[name]) for name, describe in self.bulk.items()}
         kernels.append(self.kernel.warmup(grid=self.grid, **arguments))
 
-    monkeypatch.setattr(launch.Launch, "__call__", compile_kernel)
-    monkeypatch.setattr(launch, "_capability", lambda device: 9)
+    monkeypatch.setattr(Launch, "__call__", compile_kernel)
+    monkeypatch.setattr(gpu, "capability", lambda device: 9)
     monkeypatch.setattr(driver, "_active", HopperDriver())
     return kernels
 
@@ -82,8 +85,8 @@ def test_forward(
     packed = torch.empty(1, *(axis.length for axis in axes), 3, 2, head_dim, dtype=torch.bfloat16)
     query, key, value = packed.unbind(-3)
     rpb = torch.zeros(2, *(2 * axis.kernel_size - 1 for axis in axes)) if has_rpb else None
-    launch.plan.cache_clear()
-    launch.forward(query, key, value, axes, head_dim**-0.5, rpb, None, None)
+    plan.plan_of.cache_clear()
+    attention.forward(query, key, value, axes, head_dim**-0.5, rpb, None, None)
     *_, kernel = compiled
     assert spilled_bytes(kernel) <= 8
     assert kernel.metadata.shared <= 232448
@@ -106,8 +109,8 @@ def test_wide_backward(compiled: list[CompiledKernel], axes: tuple[Axis, ...], d
     """Large windows get the wide kernels, which spill next to nothing and whose products ptxas keeps in flight."""
     query, key, value = torch.empty(1, *(axis.length for axis in axes), 3, 2, 128, dtype=dtype).unbind(-3)
     output, lse = torch.empty(query.shape, dtype=dtype), torch.empty(query.shape[:-1])
-    launch.plan.cache_clear()
-    launch.backward(output, lse, query, key, value, axes, 0.1, None, None, None, output, lse, False)
+    plan.plan_of.cache_clear()
+    attention.backward(output, lse, query, key, value, axes, 0.1, None, None, None, output, lse, False)
     # Waits that leave two products in flight, one or two a loop over steps, two loops for each warpgroup: ptxas makes
     # others of them where it lets products wait for each other.
     for kernel, waits in zip(compiled, (4, 8), strict=True):
@@ -119,11 +122,11 @@ def test_wide_backward(compiled: list[CompiledKernel], axes: tuple[Axis, ...], d
 def test_only_hopper_has_the_wide_kernels(monkeypatch: pytest.MonkeyPatch) -> None:
     axes = (Axis(64, 40), Axis(64, 40))
     query = torch.empty(1, 64, 64, 3, 2, 128, dtype=torch.bfloat16).unbind(-3)[0]
-    tensors: launch.Tensors = dict(query=query, key=query, value=query, rpb=None)
+    tensors: Tensors = dict(query=query, key=query, value=query, rpb=None)
     tensors |= dict(additional_keys=None, additional_values=None)
     for capability, is_wide in ((8, False), (9, True), (10, False), (12, False)):
-        monkeypatch.setattr(launch, "_capability", lambda device, capability=capability: capability)
-        workload = launch.Geometry(launch.problem_of(axes, 1.0, tensors)).workload
+        monkeypatch.setattr(gpu, "capability", lambda device, capability=capability: capability)
+        workload = Geometry(problem_of(axes, 1.0, tensors)).workload
         for kernel in ("forward", "query", "key_value"):
             assert choose_tiles(kernel, workload).is_wide == is_wide
 
@@ -150,14 +153,14 @@ def run_backward(
     rpb = torch.zeros(2, *(2 * axis.kernel_size - 1 for axis in axes))
     more = None if additional is None else torch.empty(3, additional, 2, head_dim, dtype=dtype)
     grad_lse = lse if has_grad_lse else None
-    launch.backward(output, grad_lse, query, key, value, axes, 1.0, rpb, more, more, output, lse, needs_rpb)
+    attention.backward(output, grad_lse, query, key, value, axes, 1.0, rpb, more, more, output, lse, needs_rpb)
 
 
 @pytest.mark.parametrize("has_grad_lse", [False, True], ids=["", "lse"])
 @pytest.mark.parametrize("axes", [MAP, CLIP, DILATED], ids=["map", "clip", "dilated map"])
 def test_query_and_bias(compiled: list[CompiledKernel], axes: tuple[Axis, ...], has_grad_lse: bool) -> None:
     """One kernel without spills, of which a multiprocessor runs several at once, and the sums of what it leaves."""
-    launch.plan.cache_clear()
+    plan.plan_of.cache_clear()
     run_backward(axes, has_grad_lse=has_grad_lse)
     kernels = {kernel.metadata.name: kernel for kernel in compiled}
     assert list(kernels) == ["bias_copy_kernel", "query_bias_kernel", "sum_kernel", "fold_kernel", "key_value_kernel"]
@@ -192,11 +195,9 @@ def test_where_query_and_bias_share_a_kernel(
     compiled: list[CompiledKernel], options: dict, is_fused: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     planned = []
-    monkeypatch.setattr(launch.Plan, "run", lambda self, tensors: planned.append(self.kernel))
-    monkeypatch.setattr(launch, "_additional", lambda problem: launch.Prepared([], {"partial_keys": (1,)}))
-    monkeypatch.setattr(
-        launch.Prepared, "run", lambda *x: dict.fromkeys(("partial_keys", "partial_values"), torch.zeros(1))
-    )
+    monkeypatch.setattr(plan.Plan, "run", lambda self, tensors: planned.append(self.kernel))
+    monkeypatch.setattr(attention, "prepare_additional", lambda problem: Prepared([], {"partial_keys": (1,)}))
+    monkeypatch.setattr(Prepared, "run", lambda *x: dict.fromkeys(("partial_keys", "partial_values"), torch.zeros(1)))
     run_backward(**options)
     if is_fused:
         assert planned == ["query_bias", "key_value"]
@@ -206,13 +207,13 @@ def test_where_query_and_bias_share_a_kernel(
 
 def test_only_hopper_fuses_query_and_bias(compiled: list[CompiledKernel], monkeypatch: pytest.MonkeyPatch) -> None:
     planned = []
-    monkeypatch.setattr(launch.Plan, "run", lambda self, tensors: planned.append(self.kernel))
+    monkeypatch.setattr(plan.Plan, "run", lambda self, tensors: planned.append(self.kernel))
     for capability in (8, 9, 10):
-        monkeypatch.setattr(launch, "_capability", lambda device, capability=capability: capability)
-        launch._fuses_bias.cache_clear()
+        monkeypatch.setattr(gpu, "capability", lambda device, capability=capability: capability)
+        plan.fuses_bias.cache_clear()
         run_backward(MAP)
     assert planned == ["query", "key_value", "bias", "query_bias", "key_value", "query", "key_value", "bias"]
-    launch._fuses_bias.cache_clear()
+    plan.fuses_bias.cache_clear()
 
 
 class TorchLanguage:

@@ -24,8 +24,11 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.utils.checkpoint import checkpoint
 
 from fused_na import blocked, na1d, na2d, na3d, neighborhood_attention, ops
-from fused_na.triton import launch
-from fused_na.triton.launch import unscaled
+from fused_na.triton import plan, prepare
+from fused_na.triton.attention import unscaled
+from fused_na.triton.geometry import Geometry
+from fused_na.triton.problem import Problem as LaunchProblem
+from fused_na.triton.problem import Tensors
 from fused_na.triton.tiles import Tiles, Workload, ranked_tiles
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs an NVIDIA GPU")]
@@ -235,22 +238,21 @@ def test_wide_windows(problem: Problem, way: str, monkeypatch: pytest.MonkeyPatc
             ranked = [tiles for _, tiles in ranked_tiles(kernel, workload)]
             return next((tiles for tiles in ranked if tiles.is_wide), ranked[0])
 
-        monkeypatch.setattr(launch, "choose_tiles", wide_tiles)
+        monkeypatch.setattr(plan, "choose_tiles", wide_tiles)
     if "64-bit" in special:
-        geometry = launch.Geometry
 
-        def with_wide_offsets(problem: launch.Problem) -> launch.Geometry:
-            result = geometry(problem)
+        def with_wide_offsets(problem: LaunchProblem) -> Geometry:
+            result = Geometry(problem)
             result.arguments["WIDE"] = True
             return result
 
-        monkeypatch.setattr(launch, "Geometry", with_wide_offsets)
-    launch.plan.cache_clear()
+        monkeypatch.setattr(plan, "Geometry", with_wide_offsets)
+    plan.plan_of.cache_clear()
     for dtype, tolerance in ((torch.bfloat16, 1e-2), (torch.float16, 2e-3)):
         inputs = replace(problem, layout=layout).inputs(dtype, DEVICE)
         found = errors(problem, inputs, has_grad_lse="64-bit" not in special)
         assert max(found.values()) < tolerance, found
-    launch.plan.cache_clear()
+    plan.plan_of.cache_clear()
 
 
 _BIASED = dict(head_dim=32, head_dim_v=32, has_rpb=True, layout="packed")
@@ -304,16 +306,16 @@ def planned(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[str]]:
     if torch.cuda.get_device_capability()[0] != 9:
         pytest.skip("needs a Hopper GPU")
     names: list[str] = []
-    run = launch.Plan.run
+    run = plan.Plan.run
 
-    def recorded(self: launch.Plan, tensors: launch.Tensors) -> launch.Tensors:
+    def recorded(self: plan.Plan, tensors: Tensors) -> Tensors:
         names.append(self.kernel)
         return run(self, tensors)
 
-    monkeypatch.setattr(launch.Plan, "run", recorded)
-    launch.plan.cache_clear()
+    monkeypatch.setattr(plan.Plan, "run", recorded)
+    plan.plan_of.cache_clear()
     yield names
-    launch.plan.cache_clear()
+    plan.plan_of.cache_clear()
 
 
 @pytest.mark.parametrize("has_grad_lse", [False, True], ids=["", "lse"])
@@ -324,7 +326,7 @@ def test_query_and_bias_in_one_kernel(
 ) -> None:
     """Against the reference in float64, and the same bits each time; few programs have several tiles each."""
     if programs is not None:
-        monkeypatch.setattr(launch, "PROGRAMS", {2: programs, 3: programs})
+        monkeypatch.setattr(prepare, "PROGRAMS", {2: programs, 3: programs})
 
     def gradients(inputs: dict[str, Tensor], backend: str) -> list[Tensor]:
         leaves = {name: x.detach().requires_grad_() for name, x in inputs.items()}
@@ -565,7 +567,7 @@ def test_compile(autocast: bool, dynamic: bool, fresh_compiler: None) -> None:
 @pytest.mark.parametrize("autocast", [False, True], ids=["", "autocast"])
 def test_compile_reduce_overhead(autocast: bool, fresh_compiler: None) -> None:
     """The compiler records CUDA graphs from the second call on, and sees to it that calls leave no memory behind."""
-    launch.plan.cache_clear()
+    plan.plan_of.cache_clear()
     module = Attention().to(DEVICE)
     compiled = torch.compile(module, fullgraph=True, mode="reduce-overhead")
     torch._dynamo.utils.counters.clear()

@@ -57,11 +57,11 @@ def _(
     scale: float,
 ) -> tuple[Tensor, Tensor]:
     """Output `[B, *spatial, heads, head_dim_v]` and float32 log-sum-exp `[B, *spatial, heads]`."""
-    from fused_na.triton import launch
+    from fused_na.triton import attention
 
     axes = _axes(query, kernel_size, stride, dilation, is_causal)
     with _on_device(query):
-        return launch.forward(query, key, value, axes, scale, rpb, additional_keys, additional_values)
+        return attention.forward(query, key, value, axes, scale, rpb, additional_keys, additional_values)
 
 
 @torch.library.register_fake(forward, lib=_library)
@@ -93,11 +93,11 @@ def _(
 ) -> tuple[Tensor, ...]:
     """Gradients of query, key, value, rpb and additional keys and values; of the last three, those that are
     not wanted are empty."""
-    from fused_na.triton import launch
+    from fused_na.triton import attention
 
     axes = _axes(query, kernel_size, stride, dilation, is_causal)
     with _on_device(query):
-        gradients = launch.backward(
+        gradients = attention.backward(
             grad_output, grad_lse, query, key, value, axes, scale, rpb, additional_keys, additional_values, output,
             lse, needs_rpb,
         )  # fmt: skip

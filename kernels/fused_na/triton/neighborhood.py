@@ -207,7 +207,7 @@ def bias_center(KERNEL: tl.constexpr):
 @triton.jit
 def load_biases(base, ROW_TILE: tl.constexpr, COLUMN_TILE: tl.constexpr, KERNEL: tl.constexpr, SIGN: tl.constexpr):
     """Loads one bias for each pair of tokens of two tiles, `[rows, columns]`, also for pairs that do not attend to each
-    other or lie outside the map: around the biases is room (`launch.unscaled`).
+    other or lie outside the map: around the biases is room (`attention.unscaled`).
 
     `base` points to the bias of the tiles' first tokens. `SIGN` is 1 where columns are keys, and -1 where rows are.
 
@@ -269,7 +269,7 @@ def load_row_pair(first, second, rows, mask, ALL: tl.constexpr):
 
 @triton.jit
 def copy_origin(batch, group, lengths, DILATED: tl.constexpr):
-    """Where a dilation group of a sample starts, as descriptors count (`launch._described`): its first token among
+    """Where a dilation group of a sample starts, as descriptors count (`bulk_copy.described`): its first token among
     those of all samples, without dilation the sample."""
     origin = batch.to(tl.int32)
     if DILATED:

@@ -1,0 +1,171 @@
+"""Each kernel's launches, for a problem and tiles."""
+
+from collections.abc import Callable
+from functools import lru_cache
+from math import ceil, prod
+from typing import Any
+
+from fused_na.triton.backward import additional_kernel, bias_fold_kernel, bias_kernel, key_value_kernel, query_kernel
+from fused_na.triton.forward import forward_kernel
+from fused_na.triton.forward_wide import forward_wide_kernel
+from fused_na.triton.geometry import PARTIAL_BYTES, Geometry
+from fused_na.triton.key_value_wide import key_value_wide_kernel
+from fused_na.triton.launch import Launch, Prepared
+from fused_na.triton.problem import Problem
+from fused_na.triton.query_bias import fold_kernel, query_bias_kernel, sum_kernel
+from fused_na.triton.query_wide import query_wide_kernel
+from fused_na.triton.slots import PROGRAMS, SLOT, odd, shares
+from fused_na.triton.tiles import Extent, Tiles, as_three_axes, half
+from fused_na.window import Axis
+
+SPLITS = 16  # most parts in which the programs of a class are added up
+
+
+def _forward(geometry: Geometry, tiles: Tiles) -> Prepared:
+    moving = {"key": tiles.key, "value": tiles.key}
+    if tiles.is_wide:
+        return _wide(geometry, forward_wide_kernel, tiles, tiles.query, geometry.heads, moving, ("query", "output"))
+    own = "query", "output"
+    return Prepared([geometry.launch(forward_kernel, tiles, tiles.query, geometry.heads, moving, own)])
+
+
+def _wide(
+    geometry: Geometry,
+    kernel: Any,
+    tiles: Tiles,
+    own: Extent,
+    heads: int,
+    moving: dict[str, Extent],
+    own_tensors: tuple[str, ...],
+) -> Prepared:
+    """A kernel whose two warpgroups have half of the own tile each."""
+    box = half(own)
+    return Prepared([geometry.launch(kernel, tiles, own, heads, moving | dict.fromkeys(own_tensors, box), BOX=box)])
+
+
+def _query(geometry: Geometry, tiles: Tiles) -> Prepared:
+    moving = {"key": tiles.key, "value": tiles.key}
+    if tiles.is_wide:
+        halved = "query", "grad_output", "grad_query"
+        return _wide(geometry, query_wide_kernel, tiles, tiles.query, geometry.heads, moving, halved)
+    own = "query", "grad_output", "output", "grad_query"
+    return Prepared([geometry.launch(query_kernel, tiles, tiles.query, geometry.heads, moving, own)])
+
+
+def _key_value(geometry: Geometry, tiles: Tiles) -> Prepared:
+    moving = {"query": tiles.query, "grad_output": tiles.query}
+    own = "key", "value", "grad_key", "grad_value"
+    if tiles.is_wide:
+        return _wide(geometry, key_value_wide_kernel, tiles, tiles.key, geometry.heads_kv, moving, own)
+    return Prepared([geometry.launch(key_value_kernel, tiles, tiles.key, geometry.heads_kv, moving, own)])
+
+
+def _bias(geometry: Geometry, tiles: Tiles) -> Prepared:
+    axes = as_three_axes(geometry.problem.axes)
+    lead = tuple(map(_lead, axes, tiles.key))
+    offsets = tuple(
+        ceil((query + axis.kernel_size - 1 + before) / key)
+        for axis, query, key, before in zip(axes, tiles.query, tiles.key, lead, strict=True)
+    )
+    positions = geometry.groups * prod(geometry.tiles_per_axis(tiles.query))
+    block = prod(offsets) * geometry.heads * prod(tiles.query) * prod(tiles.key)
+    # Enough programs to fill any GPU a few times over, within the memory that partial sums may take.
+    wanted = min(ceil(8192 / (prod(offsets) * geometry.heads)), max(1, PARTIAL_BYTES // (4 * block)))
+    batch_splits = min(geometry.batch, ceil(wanted / positions))
+    items = positions * batch_splits
+    items_per_split = ceil(items / min(wanted, items))
+    splits = ceil(items / items_per_split)
+    own: dict[str, Any] = {
+        "LEAD": lead,
+        "OFFSETS": offsets,
+        "batch_splits": batch_splits,
+        "items": items,
+        "items_per_split": items_per_split,
+        "programs": prod(offsets) * geometry.heads * splits,
+    }
+    moving = {"query": tiles.query, "grad_output": tiles.query, "key": tiles.key, "value": tiles.key}
+    fold = geometry.arguments | own | {"QUERY_TILE": tiles.query, "KEY_TILE": tiles.key, "splits": splits}
+    rpb = geometry.problem.rpb
+    assert rpb is not None
+    launches = [
+        geometry.launch(bias_kernel, tiles, tiles.query, geometry.heads, moving, **own),
+        Launch(bias_fold_kernel, prod(rpb.shape), fold | {"num_warps": 1}),
+    ]
+    return Prepared(launches, {"partial": (splits, block)})
+
+
+def _query_bias(geometry: Geometry, tiles: Tiles) -> Prepared:
+    slots, heads, rpb = geometry.slots, geometry.heads, geometry.problem.grad_rpb
+    assert rpb is not None
+    wanted = PROGRAMS[len(geometry.problem.axes)]
+    box, samples = shares(slots, heads * geometry.groups, geometry.batch, wanted, PARTIAL_BYTES)
+    along, chunks = slots.shares(box), ceil(geometry.batch / samples) * geometry.groups
+    programs = chunks * heads * prod(along)
+    splits = min(SPLITS, ceil(programs / (heads * slots.classes)))
+    own: dict[str, Any] = {
+        "before": odd(slots.before),
+        "alike": odd(slots.alike),
+        "box": odd(box),
+        "shares": odd(along),
+        "samples_per_program": samples,
+        "chunks": chunks,
+        "splits": splits,
+        "COUNTS": slots.counts,
+        "programs": programs,
+    }
+    moving = {"key": tiles.key, "value": tiles.key}
+    read = "query", "grad_output", "output"
+    rest = geometry.arguments | own | {"QUERY_TILE": tiles.query, "KEY_TILE": tiles.key, "SLOTS": slots.number}
+    rest |= {"classes": odd(slots.shares(slots.alike)), "num_warps": 1}
+    for name, axis in zip("thw", as_three_axes(geometry.problem.axes), strict=True):
+        rest[f"length_{name}"] = axis.length // axis.dilation
+    launches = [
+        geometry.launch(query_bias_kernel, tiles, tiles.query, heads, moving, read, **own),
+        Launch(sum_kernel, splits * heads * slots.classes * slots.number, rest),
+        Launch(fold_kernel, prod(rpb.shape), rest),
+    ]
+    workspaces = {
+        "partial": (programs, slots.number, SLOT),
+        "summed": (splits, heads, slots.classes, slots.number, SLOT),
+    }
+    return Prepared(launches, workspaces)
+
+
+def _lead(axis: Axis, key_tile: int) -> int:
+    """How far before a query tile its key tiles start: by whole tiles before the windows away from the borders, so
+    that these meet as few tiles as can be, and far enough for the windows at the end of the axis.
+    """
+    k, s = axis.kernel_size, axis.stride
+    inner = k - s if axis.is_causal else k // 2 - s // 2
+    return inner + ceil(max(0, k - 1 - inner) / key_tile) * key_tile
+
+
+PREPARE: dict[str, Callable[[Geometry, Tiles], Prepared]] = {
+    "forward": _forward,
+    "query": _query,
+    "key_value": _key_value,
+    "bias": _bias,
+    "query_bias": _query_bias,
+}
+
+
+@lru_cache(maxsize=4096)
+def prepare_additional(problem: Problem) -> Prepared:
+    """The gradients of additional keys and values, as partial sums over shares of the queries."""
+    geometry = Geometry(problem)
+    keys, values = problem.additional_keys, problem.additional_values
+    assert keys is not None and values is not None
+    width = max(geometry.head_dim, geometry.head_dim_v)
+    rows = 16 if problem.query.dtype.itemsize * width > 512 else 32
+    tokens = prod(axis.length for axis in problem.axes)
+    programs = ceil(keys.shape[1] / rows) * geometry.heads_kv * geometry.batch
+    splits = min(ceil(tokens / rows), max(1, 1024 // programs))
+    arguments = geometry.arguments | {
+        "tokens_per_split": ceil(tokens / splits),
+        "QUERIES": rows,
+        "KEYS": rows,
+        "num_warps": 4,
+        "num_stages": 2,
+    }
+    workspaces = {"partial_keys": (splits, *keys.shape), "partial_values": (splits, *values.shape)}
+    return Prepared([Launch(additional_kernel, programs * splits, arguments)], workspaces)
