@@ -228,6 +228,7 @@ def test_planes_of_a_tile(monkeypatch: pytest.MonkeyPatch) -> None:
     """Each plane holds its queries and keys where the slots expect them, and tiles consist of their groups' planes."""
     monkeypatch.setattr(query_bias, "gl", TorchLanguage)
     monkeypatch.setattr(query_bias, "NUMBERS", 4)
+    monkeypatch.setattr(query_bias, "split_planes", query_bias.split_planes.fn)
     tile = torch.arange(32 * 32).view(32, 32)
     row, column = torch.arange(8)[:, None], torch.arange(16)[None, :]
     planes = query_bias.planes_of.fn(tile, None)
