@@ -26,8 +26,9 @@ from fused_na.triton.forward import forward_kernel
 from fused_na.triton.forward_wide import forward_wide_kernel
 from fused_na.triton.key_value_wide import key_value_wide_kernel
 from fused_na.triton.query_bias import fold_kernel, query_bias_kernel, sum_kernel
+from fused_na.triton.query_bias_clips import fold_rows_kernel, query_bias_clips_kernel
 from fused_na.triton.query_wide import query_wide_kernel
-from fused_na.triton.slots import PROGRAMS, SLOT, Slots, odd, shares, slots_of
+from fused_na.triton.slots import CLIPS_PROGRAMS, PROGRAMS, SAMPLES, SLOT, Slots, odd, shares, slots_of
 from fused_na.triton.tiles import (
     HOPPER_SHARED_MEMORY,
     Extent,
@@ -46,8 +47,10 @@ from fused_na.window import Axis, group_members
 LARGEST_TILE = 128  # tokens of a tile along an axis
 PARTIAL_BYTES = 64 << 20  # memory that the partial sums of the bias gradient may take
 ACCUMULATOR_BYTES = 40 << 10  # shared memory of the sums of a program of `query_bias_kernel`
+LEAST_CLIPS = 3  # for `query_bias_clips_kernel`, which leaves one warp of four idle then
 SPLITS = 16  # most parts in which the programs of a class are added up
 
+Tile = tuple[int, int, int, int]  # samples, and sizes along t, h and w
 Tensors = dict[str, Tensor | None]  # by the names of the kernels' arguments
 
 
@@ -284,6 +287,7 @@ class Geometry:
         heads: int,
         moving: dict[str, Extent],
         own_tensors: tuple[str, ...] = (),
+        samples: int = 1,
         **more: Any,
     ) -> Launch:
         """A launch of a kernel.
@@ -296,6 +300,7 @@ class Geometry:
             moving: by tensor, extents of the tiles that it loops over.
             own_tensors: of which its own tile is loaded or stored. Both go through the bulk copy engine where that was
                 chosen and the machine and the layouts allow it.
+            samples: of a tile that is copied in bulk.
             more: arguments of its own. `programs` is how many run; by default one for each tile, head and sample.
         """
         counts = self.tiles_per_axis(own)
@@ -324,7 +329,7 @@ class Geometry:
         if arguments["TMA"]:
             describe = _describe_for_gluon if isinstance(kernel, GluonJITFunction) else _describe
             axes = as_three_axes(self.problem.axes)
-            bulk = {name: partial(describe, layout, axes, copied[name]) for name, layout in layouts.items()}
+            bulk = {name: partial(describe, layout, axes, (samples, *copied[name])) for name, layout in layouts.items()}
         return Launch(kernel, arguments.pop("programs"), arguments, bulk)
 
     def layout(self, name: str) -> Layout:
@@ -360,8 +365,8 @@ class Geometry:
 
     @property
     def fuses_bias(self) -> bool:
-        """Whether the query's and the bias's gradients come from one kernel, `query_bias_kernel`: for small windows on
-        Hopper, if a program's sums leave shared memory for others.
+        """Whether the query's and the bias's gradients come from one kernel, `query_bias_kernel` or of several clips
+        `query_bias_clips_kernel`: for small windows on Hopper, if a program's sums leave shared memory for others.
         """
         problem, axes = self.problem, self.problem.axes
         read = (problem.query, problem.key, problem.value, problem.grad_output, problem.output)
@@ -382,7 +387,7 @@ class Geometry:
 
     @property
     def slots(self) -> Slots:
-        """Of `query_bias_kernel`, for each of its dilation groups, which have one size."""
+        """Of the kernels that `fuses_bias` names, for each dilation group, which have one size."""
         tiles = choose_tiles("query_bias", self.workload)
         axes = (axis._replace(length=axis.length // axis.dilation, dilation=1) for axis in self.problem.axes)
         return slots_of(tuple(axes), tiles.query, tiles.key)
@@ -398,7 +403,7 @@ class Geometry:
         return [ceil(group_members(axis, 0) / size) for axis, size in zip(axes, extent, strict=True)]
 
 
-def _described(layout: Layout, axes: tuple[Axis, Axis, Axis], extent: Extent) -> tuple[list[int], ...]:
+def _described(layout: Layout, axes: tuple[Axis, Axis, Axis], tile: Tile) -> tuple[list[int], ...]:
     """Shape, strides and block of tiles of one head, of a tensor seen as `[B, t, h, w, heads * head_dim]`.
 
     With dilation t, h and w are those of a group, and in place of samples the tokens of all of them count, from any of
@@ -411,17 +416,15 @@ def _described(layout: Layout, axes: tuple[Axis, Axis, Axis], extent: Extent) ->
     members = [axis.length // axis.dilation for axis in axes]
     # Axes of length 1 need a legal stride all the same.
     steps = [(x or stride_w) * axis.dilation for x, axis in zip((*others, stride_w), axes, strict=True)]
-    return [batch, *members, heads * width], [stride, *steps, 1], [1, *extent, width]
+    return [batch, *members, heads * width], [stride, *steps, 1], [*tile, width]
 
 
-def _describe(layout: Layout, axes: tuple[Axis, Axis, Axis], extent: Extent, x: Tensor) -> TensorDescriptor:
-    return TensorDescriptor(x, *_described(layout, axes, extent))
+def _describe(layout: Layout, axes: tuple[Axis, Axis, Axis], tile: Tile, x: Tensor) -> TensorDescriptor:
+    return TensorDescriptor(x, *_described(layout, axes, tile))
 
 
-def _describe_for_gluon(
-    layout: Layout, axes: tuple[Axis, Axis, Axis], extent: Extent, x: Tensor
-) -> GluonTensorDescriptor:
-    shape, strides, block = _described(layout, axes, extent)
+def _describe_for_gluon(layout: Layout, axes: tuple[Axis, Axis, Axis], tile: Tile, x: Tensor) -> GluonTensorDescriptor:
+    shape, strides, block = _described(layout, axes, tile)
     element = gl.bfloat16 if layout.dtype == torch.bfloat16 else gl.float16
     return GluonTensorDescriptor(x, shape, strides, block, gl.NVMMASharedLayout.get_default_for(block, element))
 
@@ -519,6 +522,10 @@ def _bias(geometry: Geometry, tiles: Tiles) -> Prepared:
 
 
 def _query_bias(geometry: Geometry, tiles: Tiles) -> Prepared:
+    if len(geometry.problem.axes) == 3 and geometry.groups == 1 and geometry.batch >= LEAST_CLIPS:
+        clips = _query_bias_clips(geometry, tiles)
+        if 4 * prod(clips.workspaces["partial"]) <= PARTIAL_BYTES:
+            return clips
     slots, heads, rpb = geometry.slots, geometry.heads, geometry.problem.grad_rpb
     assert rpb is not None
     wanted = PROGRAMS[len(geometry.problem.axes)]
@@ -553,6 +560,37 @@ def _query_bias(geometry: Geometry, tiles: Tiles) -> Prepared:
         "summed": (splits, heads, slots.classes, slots.number, SLOT),
     }
     return Prepared(launches, workspaces)
+
+
+def _query_bias_clips(geometry: Geometry, tiles: Tiles) -> Prepared:
+    slots, heads, rpb = geometry.slots, geometry.heads, geometry.problem.grad_rpb
+    assert rpb is not None
+    along, chunks = slots.shares((1, 1, 1)), ceil(geometry.batch / SAMPLES)
+    items = prod(along) * chunks
+    share = ceil(items / max(1, CLIPS_PROGRAMS // heads))
+    programs = ceil(items / share)
+    rows, groups = programs + slots.classes - 1, (slots.counts[0] + 2) * 2
+    own: dict[str, Any] = {
+        "before": odd(slots.before),
+        "alike": odd(slots.alike),
+        "places": odd(along),
+        "chunks": chunks,
+        "items": items,
+        "share": share,
+        "rows": rows,
+        "COUNTS": slots.counts,
+        "programs": programs * heads,
+        "num_warps": SAMPLES,
+    }
+    read = {"query": tiles.query, "key": tiles.key, "value": tiles.key}
+    read |= {"grad_output": tiles.query, "output": tiles.query}
+    rest = geometry.arguments | own | {"QUERY_TILE": tiles.query, "KEY_TILE": tiles.key}
+    rest |= {"POSITIONS_AT_ONCE": 16, "num_warps": 8}
+    launches = [
+        geometry.launch(query_bias_clips_kernel, tiles, tiles.query, heads, read, samples=SAMPLES, **own),
+        Launch(fold_rows_kernel, heads * ceil(prod(rpb.shape[1:]) / 16), rest),
+    ]
+    return Prepared(launches, {"partial": (heads, rows, *slots.counts[1:], groups, SLOT)})
 
 
 @lru_cache(maxsize=4096)
