@@ -24,8 +24,9 @@ from triton.runtime import interpreter
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from fused_na import merge_attentions, na2d, neighborhood_attention, ops
-from fused_na.triton import attention, bulk_copy, gpu, neighborhood, plan, prepare, query_bias, walk
+from fused_na.triton import attention, bulk_copy, gpu, neighborhood, plan, prepare, query_bias, query_bias_clips, walk
 from fused_na.triton.geometry import PARTIAL_BYTES, Geometry, divisor
+from fused_na.triton.launch import Prepared
 from fused_na.triton.problem import Tensors, problem_of
 from fused_na.triton.tiles import Extent, Tiles, Workload, as_three_axes
 from fused_na.window import Axis, inverse_window, window
@@ -438,6 +439,22 @@ def shares_kernel(tiles, shares, before, alike, box):
         tl.store(place + 2, tile_w + w)
 
 
+def prepare_query_bias(
+    axes: tuple[Axis, ...], batch: int, heads: int, monkeypatch: pytest.MonkeyPatch
+) -> tuple[Geometry, Prepared, Tensor]:
+    """The launches of the gradients of queries and bias as on Hopper, and a tensor for the latter."""
+    monkeypatch.setattr(gpu, "capability", lambda device: 9)
+    query = torch.empty(batch, *(axis.length for axis in axes), heads, 32, dtype=torch.bfloat16)
+    rpb = torch.empty(heads, *(2 * axis.kernel_size - 1 for axis in axes))
+    tensors: Tensors = dict.fromkeys(["query", "key", "value", "grad_output", "output"], query)
+    tensors |= dict(rpb=rpb, grad_rpb=rpb, additional_keys=None, additional_values=None)
+    geometry = Geometry(problem_of(axes, 1.0, tensors))
+    assert geometry.fuses_bias
+    prepared = prepare.PREPARE["query_bias"](geometry, plan.choose_tiles("query_bias", geometry.workload))
+    assert prod(prepared.workspaces["partial"]) * 4 <= PARTIAL_BYTES
+    return geometry, prepared, rpb
+
+
 @pytest.mark.parametrize(
     ("axes", "batch", "heads"),
     [
@@ -447,23 +464,15 @@ def shares_kernel(tiles, shares, before, alike, box):
         ((Axis(13, 3, 1, 1, True), Axis(80, 2)), 2, 2),  # several tiles a program
         ((Axis(5, 3, 1, 1, True), Axis(6, 2), Axis(5, 3)), 2, 2),
         ((Axis(18, 3, 1, 2), Axis(12, 4, 2, 3)), 5, 2),
-        ((Axis(4, 2), Axis(6, 2, 1, 2), Axis(10, 2, 1, 2, True)), 2, 1),
+        ((Axis(4, 2), Axis(6, 2, 1, 2), Axis(10, 2, 1, 2, True)), 3, 1),
     ],
 )
 def test_sums_of_the_bias_gradient(
     axes: tuple[Axis, ...], batch: int, heads: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """What follows the kernel that takes the query's gradient as well, on random sums in its place."""
-    monkeypatch.setattr(gpu, "capability", lambda device: 9)
     monkeypatch.setattr(prepare, "PROGRAMS", {2: 40, 3: 20})
-    query = torch.empty(batch, *(axis.length for axis in axes), heads, 32, dtype=torch.bfloat16)
-    rpb = torch.empty(heads, *(2 * axis.kernel_size - 1 for axis in axes))
-    tensors: Tensors = dict.fromkeys(["query", "key", "value", "grad_output", "output"], query)
-    tensors |= dict(rpb=rpb, grad_rpb=rpb, additional_keys=None, additional_values=None)
-    geometry = Geometry(problem_of(axes, 1.0, tensors))
-    assert geometry.fuses_bias
-    prepared = prepare.PREPARE["query_bias"](geometry, plan.choose_tiles("query_bias", geometry.workload))
-    assert prod(prepared.workspaces["partial"]) * 4 <= PARTIAL_BYTES
+    geometry, prepared, rpb = prepare_query_bias(axes, batch, heads, monkeypatch)
     assert prod(prepared.workspaces["summed"]) <= prod(prepared.workspaces["partial"])
     main, *others = prepared.launches
 
@@ -492,6 +501,69 @@ def test_sums_of_the_bias_gradient(
     for kind, numbers in enumerate(positions.flatten(1)):
         total = partial.double()[:, :, kinds == kind].sum((0, 2)).flatten(1)
         expected.index_add_(1, numbers[numbers >= 0], total[:, numbers >= 0])
+    torch.testing.assert_close(rpb.flatten(1).double(), expected, rtol=1e-5, atol=1e-4)
+
+
+@triton.jit
+def places_kernel(results, before, alike, places):
+    """Class and tile of queries of each place, `[places, 4]`."""
+    before, alike, places = query_bias.plain(before), query_bias.plain(alike), query_bias.plain(places)
+    kind, tile = query_bias_clips.place_of(tl.program_id(0), before, alike, places)
+    tl.store(results + tl.program_id(0) * 4, kind)
+    for axis in tl.static_range(3):
+        tl.store(results + tl.program_id(0) * 4 + 1 + axis, tile[axis])
+
+
+@pytest.mark.parametrize(
+    ("axes", "batch", "heads", "programs"),
+    [
+        ((Axis(8, 7), Axis(9, 3), Axis(11, 5)), 4, 2, 16),
+        ((Axis(9, 5, 1, 1, True), Axis(10, 7), Axis(11, 3)), 5, 2, 8),  # programs may end between a place's items
+        ((Axis(14, 7), Axis(8, 7), Axis(21, 7)), 9, 1, 5),
+        ((Axis(6, 3, 2), Axis(7, 4, 3), Axis(12, 5)), 3, 3, 2),  # a program for each head
+        ((Axis(5, 3), Axis(5, 5, 1, 1, True), Axis(20, 13, 2)), 3, 1, 1000),  # an item for each
+        ((Axis(2, 2), Axis(4, 3), Axis(60, 3)), 16, 1, 6),  # one class has nearly all
+    ],
+)
+def test_rows_of_the_bias_gradient(
+    axes: tuple[Axis, ...], batch: int, heads: int, programs: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What follows the kernel for several clips, on random sums in its place."""
+    monkeypatch.setattr(prepare, "CLIPS_PROGRAMS", programs)
+    geometry, prepared, rpb = prepare_query_bias(axes, batch, heads, monkeypatch)
+    main, fold = prepared.launches
+    assert main.kernel is query_bias_clips.query_bias_clips_kernel
+    assert main.grid[0] <= max(programs, heads)
+
+    # Places by the kernel's rule: in the order of their classes.
+    arguments, classes = main.arguments, slots.classes_of(axes)
+    kinds = [kind for kind, (_, begins) in enumerate(classes) for _ in begins]
+    order = torch.full((len(kinds), 4), -1, dtype=torch.int32)
+    places_kernel[(len(kinds),)](order, *(arguments[name] for name in ("before", "alike", "places")))
+    extent = torch.tensor(plan.choose_tiles("query_bias", geometry.workload).query)
+    assert order[:, 0].tolist() == kinds
+    assert [tuple(tile) for tile in (order[:, 1:] * extent).tolist()] == [x for _, begins in classes for x in begins]
+
+    # A row for each class of each program; nothing is read of the others.
+    chunks, share = ceil(batch / 4), arguments["share"]
+    assert (arguments["chunks"], arguments["items"]) == (chunks, len(kinds) * chunks)
+    kind_of_row = {}
+    for item in range(arguments["items"]):
+        kind = kinds[item // chunks]
+        assert kind_of_row.setdefault(item // share + kind, kind) == kind
+    shape = prepared.workspaces["partial"]
+    partial = torch.full(shape, torch.nan)
+    assert max(kind_of_row) == shape[1] - 1 and main.grid[0] == heads * ceil(arguments["items"] / share)
+    partial[:, list(kind_of_row)] = torch.randn(heads, len(kind_of_row), *shape[2:])
+    fold({"grad_rpb": rpb.fill_(torch.nan), "partial": partial})
+
+    positions = slots.relative_positions(axes).unflatten(1, (-1, *shape[2:4])).movedim(1, 3)
+    positions = torch.nn.functional.pad(positions, (0, 0, 0, 1), value=-1)  # the last group of a pair that is none
+    assert positions.shape[1:] == shape[2:]
+    expected = torch.zeros(heads, rpb[0].numel(), dtype=torch.float64)
+    for row, kind in kind_of_row.items():
+        numbers = positions[kind].flatten()
+        expected.index_add_(1, numbers[numbers >= 0], partial[:, row].double().flatten(1)[:, numbers >= 0])
     torch.testing.assert_close(rpb.flatten(1).double(), expected, rtol=1e-5, atol=1e-4)
 
 

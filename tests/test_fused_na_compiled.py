@@ -14,11 +14,12 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import CompiledKernel
 from triton.runtime import driver
 
-from fused_na.triton import attention, gpu, plan, query_bias
-from fused_na.triton.geometry import Geometry
+from fused_na.triton import attention, gpu, plan, query_bias, query_bias_clips
+from fused_na.triton.geometry import ACCUMULATOR_BYTES, Geometry
 from fused_na.triton.launch import Launch, Prepared
 from fused_na.triton.problem import Tensors, problem_of
-from fused_na.triton.tiles import choose_tiles
+from fused_na.triton.slots import slots_of
+from fused_na.triton.tiles import Workload, choose_tiles
 from fused_na.window import Axis
 
 CUOBJDUMP = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
@@ -66,6 +67,18 @@ def spilled_bytes(kernel: CompiledKernel) -> int:
     found = re.search(r"STACK:(\d+)", dump(kernel, "-res-usage"))
     assert found is not None
     return int(found[1])
+
+
+def steps_loop(kernel: CompiledKernel) -> list[str]:
+    """The instructions of a kernel's innermost loop with products."""
+    found = re.findall(r"^\s+/\*([0-9a-f]{4,})\*/\s+(.*?);", dump(kernel, "-sass"), re.MULTILINE)
+    code = {int(place, 16): instruction for place, instruction in found}
+    loops = []
+    for end, instruction in code.items():
+        begin = re.search(r"\bBRA.* 0x([0-9a-f]+)", instruction)
+        if begin is not None and int(begin[1], 16) < end:
+            loops.append([x for place, x in code.items() if int(begin[1], 16) <= place <= end])
+    return min((loop for loop in loops if any("HMMA" in x for x in loop)), key=len)
 
 
 @pytest.mark.parametrize(
@@ -133,6 +146,7 @@ def test_only_hopper_has_the_wide_kernels(monkeypatch: pytest.MonkeyPatch) -> No
 
 MAP, CLIP = (Axis(56, 7), Axis(56, 7)), (Axis(16, 7, 1, 1, True), Axis(56, 7), Axis(56, 7))
 DILATED = (Axis(56, 7, 1, 8), Axis(56, 7, 1, 8))
+HALF_OF_A_MULTIPROCESSOR = (228 << 10) // 2 - 1024  # of its shared memory; a program takes 1 KB more
 
 
 def run_backward(
@@ -143,15 +157,16 @@ def run_backward(
     additional: int | None = None,
     needs_rpb: bool = True,
     layout: str = "packed",
+    batch: int = 3,
 ) -> None:
-    """A backward pass of two heads and three samples with a bias, of whose kernels none runs."""
-    packed = torch.empty(3, *(axis.length for axis in axes), 3, 2, head_dim, dtype=dtype)
+    """A backward pass of two heads with a bias, of whose kernels none runs."""
+    packed = torch.empty(batch, *(axis.length for axis in axes), 3, 2, head_dim, dtype=dtype)
     query, key, value = packed.unbind(-3)
     if layout == "heads first":
-        query = torch.empty(3, 2, *(axis.length for axis in axes), head_dim, dtype=dtype).movedim(1, -2)
+        query = torch.empty(batch, 2, *(axis.length for axis in axes), head_dim, dtype=dtype).movedim(1, -2)
     output, lse = torch.empty(query.shape, dtype=dtype), torch.empty(query.shape[:-1])
     rpb = torch.zeros(2, *(2 * axis.kernel_size - 1 for axis in axes))
-    more = None if additional is None else torch.empty(3, additional, 2, head_dim, dtype=dtype)
+    more = None if additional is None else torch.empty(batch, additional, 2, head_dim, dtype=dtype)
     grad_lse = lse if has_grad_lse else None
     attention.backward(output, grad_lse, query, key, value, axes, 1.0, rpb, more, more, output, lse, needs_rpb)
 
@@ -161,12 +176,65 @@ def run_backward(
 def test_query_and_bias(compiled: list[CompiledKernel], axes: tuple[Axis, ...], has_grad_lse: bool) -> None:
     """One kernel without spills, of which a multiprocessor runs several at once, and the sums of what it leaves."""
     plan.plan_of.cache_clear()
-    run_backward(axes, has_grad_lse=has_grad_lse)
+    run_backward(axes, has_grad_lse=has_grad_lse, batch=2)
     kernels = {kernel.metadata.name: kernel for kernel in compiled}
     assert list(kernels) == ["bias_copy_kernel", "query_bias_kernel", "sum_kernel", "fold_kernel", "key_value_kernel"]
     usage = {name: dump(kernel, "-res-usage") for name, kernel in kernels.items() if name != "key_value_kernel"}
     assert all("STACK:0 " in x for x in usage.values())
     assert kernels["query_bias_kernel"].metadata.shared <= (56 << 10)
+
+
+@pytest.mark.parametrize("has_grad_lse", [False, True], ids=["", "lse"])
+@pytest.mark.parametrize("is_causal", [False, True], ids=["", "causal"])
+def test_query_and_bias_of_clips(compiled: list[CompiledKernel], is_causal: bool, has_grad_lse: bool) -> None:
+    """One kernel whose steps spill nothing, of which a multiprocessor runs two at once, and the sum of its rows."""
+    plan.plan_of.cache_clear()
+    run_backward((CLIP[0]._replace(is_causal=is_causal), *CLIP[1:]), has_grad_lse=has_grad_lse)
+    kernels = {kernel.metadata.name: kernel for kernel in compiled}
+    assert list(kernels) == ["bias_copy_kernel", "query_bias_clips_kernel", "fold_rows_kernel", "key_value_kernel"]
+    kernel = kernels["query_bias_clips_kernel"]
+    loop = steps_loop(kernel)
+    assert sum("HMMA" in x for x in loop) == 48 and not any(re.search(r"\b(LDL|STL)\b", x) for x in loop)
+    assert kernel.metadata.shared <= HALF_OF_A_MULTIPROCESSOR
+    assert spilled_bytes(kernel) <= 128 and spilled_bytes(kernels["fold_rows_kernel"]) == 0
+
+
+def test_query_and_bias_of_clips_with_most_sums(compiled: list[CompiledKernel]) -> None:
+    """Two programs fit on a multiprocessor whenever the sums are few enough for the kernels."""
+    axes = Axis(2, 2), Axis(39, 29), Axis(19, 7)
+    plan.plan_of.cache_clear()
+    run_backward(axes)
+    slots = slots_of(axes, *choose_tiles("query_bias", Workload(axes, 32, 32, 2))[:2])
+    assert slots.bytes == ACCUMULATOR_BYTES and slots.counts[0] == 1  # of which the last pair takes most
+    kernel = next(kernel for kernel in compiled if kernel.metadata.name == "query_bias_clips_kernel")
+    assert kernel.metadata.shared <= HALF_OF_A_MULTIPROCESSOR
+
+
+def test_query_and_bias_of_clips_compiles_once(compiled: list[CompiledKernel]) -> None:
+    """For maps and batches of all sizes, and for any number of heads."""
+    for length, batch in ((56, 4), (28, 3), (41, 16), (32, 33)):
+        run_backward((Axis(16, 7), Axis(length, 7), Axis(length, 7)), batch=batch)
+    for name in ("query_bias_clips_kernel", "fold_rows_kernel"):
+        kernels = [kernel for kernel in compiled if kernel.metadata.name == name]
+        assert len(kernels) == 4 and len({kernel.hash for kernel in kernels}) == 1
+
+
+@pytest.mark.parametrize(
+    ("options", "is_for_clips"),
+    [
+        (dict(axes=CLIP), True),
+        (dict(axes=CLIP, batch=2), False),
+        (dict(axes=(Axis(16, 7, 1, 2), *CLIP[1:])), False),
+        (dict(axes=MAP, batch=9), False),
+        (dict(axes=(Axis(40, 3), Axis(80, 5, 3), Axis(83, 5, 3))), False),  # too many classes, hence rows
+    ],
+)
+def test_where_clips_share_sums(compiled: list[CompiledKernel], options: dict, is_for_clips: bool) -> None:
+    plan.plan_of.cache_clear()
+    run_backward(**options)
+    names = [kernel.metadata.name for kernel in compiled]
+    assert ("query_bias_clips_kernel" in names) == is_for_clips
+    assert ("query_bias_kernel" in names) != is_for_clips
 
 
 @pytest.mark.parametrize(
@@ -229,12 +297,19 @@ def test_planes_of_a_tile(monkeypatch: pytest.MonkeyPatch) -> None:
     """Each plane holds its queries and keys where the slots expect them, and tiles consist of their groups' planes."""
     monkeypatch.setattr(query_bias, "gl", TorchLanguage)
     monkeypatch.setattr(query_bias, "NUMBERS", 4)
+    monkeypatch.setattr(query_bias, "split_planes", query_bias.split_planes.fn)
     tile = torch.arange(32 * 32).view(32, 32)
     row, column = torch.arange(8)[:, None], torch.arange(16)[None, :]
     planes = query_bias.planes_of.fn(tile, None)
     for i, plane in enumerate(planes):
         expected = tile[i // 2 * 8 :, i % 2 * 16 :][:8, :16]
         assert torch.equal(plane.flatten()[place_in_plane(row, column)], expected)
+
+    for name, x in (("WARPS", 4), ("NUMBERS", 4), ("split_planes", query_bias.split_planes)):
+        monkeypatch.setattr(query_bias_clips, name, x)
+    of_samples = query_bias_clips.planes_of_samples.fn(torch.stack([tile, -tile, 2 * tile, -2 * tile]), None)
+    for plane, together in zip(planes, of_samples, strict=True):
+        assert torch.equal(together, torch.stack([plane, -plane, 2 * plane, -2 * plane]))
 
     groups = torch.randn(5, 32, 4).unbind()
     built = query_bias.planes_of.fn(query_bias.tile_of.fn(groups, None), None)

@@ -27,6 +27,7 @@ from fused_na import blocked, na1d, na2d, na3d, neighborhood_attention, ops
 from fused_na.triton import plan, prepare
 from fused_na.triton.attention import unscaled
 from fused_na.triton.geometry import Geometry
+from fused_na.triton.launch import Launch
 from fused_na.triton.problem import Problem as LaunchProblem
 from fused_na.triton.problem import Tensors
 from fused_na.triton.tiles import Tiles, Workload, ranked_tiles
@@ -256,7 +257,7 @@ def test_wide_windows(problem: Problem, way: str, monkeypatch: pytest.MonkeyPatc
 
 
 _BIASED = dict(head_dim=32, head_dim_v=32, has_rpb=True, layout="packed")
-FUSED = {  # what the kernel of the query's and the bias's gradients takes
+FUSED = {  # what `query_bias_kernel` takes
     "one tile": Problem((7, 7), (7, 7), (1, 1), (1, 1), (False, False), 3, **_BIASED),
     "map": Problem((14, 14), (7, 7), (1, 1), (1, 1), (False, False), 5, **_BIASED),
     "ragged map": Problem((21, 27), (7, 7), (1, 1), (1, 1), (False, False), 7, 3, 3, **_BIASED),
@@ -272,12 +273,28 @@ FUSED = {  # what the kernel of the query's and the bias's gradients takes
     "scaled": Problem((14, 20), (7, 7), (1, 1), (1, 1), (False, False), 2, scale=0.5, **_BIASED),
     "contiguous": Problem((14, 20), (7, 7), (1, 1), (1, 1), (False, False), 2, **_BIASED | dict(layout="contiguous")),
     "clip": Problem((8, 9, 11), (7, 7, 7), (1, 1, 1), (1, 1, 1), (False,) * 3, 2, **_BIASED),
-    "causal clip": Problem((9, 10, 11), (5, 7, 3), (1, 1, 1), (1, 1, 1), (True, False, False), 3, **_BIASED),
+    "causal clip": Problem((9, 10, 11), (5, 7, 3), (1, 1, 1), (1, 1, 1), (True, False, False), 2, **_BIASED),
     "strided clip": Problem((6, 7, 12), (3, 4, 5), (2, 3, 1), (1, 1, 1), (False, False, True), 2, 4, 2, **_BIASED),
-    "clips": Problem((8, 8, 8), (3, 3, 3), (1, 1, 1), (1, 1, 1), (False,) * 3, 9, **_BIASED),
     "dilated map": Problem((28, 42), (7, 7), (1, 1), (4, 2), (False, False), 5, 4, 2, **_BIASED),
     "dilation on one axis": Problem((14, 63), (5, 7), (2, 1), (1, 3), (False, True), 3, **_BIASED),
     "dilated clip": Problem((8, 9, 12), (3, 3, 4), (1, 1, 1), (2, 3, 1), (True, False, False), 3, **_BIASED),
+}
+CLIPS = {  # what `query_bias_clips_kernel` takes
+    "clips": Problem((8, 8, 8), (3, 3, 3), (1, 1, 1), (1, 1, 1), (False,) * 3, 9, **_BIASED),
+    "three clips": Problem((8, 12, 14), (7, 7, 7), (1, 1, 1), (1, 1, 1), (False,) * 3, 3, **_BIASED),
+    "ragged clips": Problem((9, 11, 13), (7, 7, 7), (1, 1, 1), (1, 1, 1), (False,) * 3, 5, **_BIASED),
+    "tile of clips": Problem((4, 4, 2), (3, 4, 2), (1, 1, 1), (1, 1, 1), (False,) * 3, 5, **_BIASED),
+    "clips of shared heads": Problem((8, 9, 15), (5, 7, 3), (1, 1, 1), (1, 1, 1), (False,) * 3, 4, 6, 2, **_BIASED),
+    "causal clips": Problem((13, 10, 11), (5, 7, 3), (1, 1, 1), (1, 1, 1), (True, False, False), 5, 4, 1, **_BIASED),
+    "clips causal on all axes": Problem((9, 10, 11), (5, 7, 3), (1, 1, 1), (1, 1, 1), (True,) * 3, 3, **_BIASED),
+    "strided clips": Problem((6, 7, 12), (3, 4, 5), (2, 3, 1), (1, 1, 1), (False, False, True), 9, 4, 2, **_BIASED),
+    "clips in blocks": Problem((8, 9, 16), (4, 3, 8), (4, 3, 8), (1, 1, 1), (False,) * 3, 4, **_BIASED),
+    "short clips": Problem((2, 14, 21), (2, 7, 10), (1, 1, 1), (1, 1, 1), (False,) * 3, 8, **_BIASED),
+    "long clips": Problem((40, 6, 5), (9, 3, 4), (1, 1, 1), (1, 1, 1), (True, False, False), 6, 1, 1, **_BIASED),
+    "wide windows in clips": Problem((5, 7, 25), (3, 5, 14), (1, 1, 2), (1, 1, 1), (False,) * 3, 3, **_BIASED),
+    "contiguous clips": Problem(
+        (8, 9, 11), (7, 7, 7), (1, 1, 1), (1, 1, 1), (False,) * 3, 4, scale=0.5, **_BIASED | dict(layout="contiguous")
+    ),
 }
 
 
@@ -318,15 +335,31 @@ def planned(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[str]]:
     plan.plan_of.cache_clear()
 
 
+@pytest.fixture
+def launched(planned: list[str], monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """Names of the kernels that run, by plans of this test's own."""
+    names: list[str] = []
+    call = Launch.__call__
+
+    def recorded(self: Launch, tensors: Tensors) -> None:
+        names.append(self.kernel.__name__)
+        call(self, tensors)
+
+    monkeypatch.setattr(Launch, "__call__", recorded)
+    return names
+
+
 @pytest.mark.parametrize("has_grad_lse", [False, True], ids=["", "lse"])
 @pytest.mark.parametrize("programs", [None, 16, 1], ids=["", "few programs", "fewest programs"])
-@pytest.mark.parametrize("problem", FUSED.values(), ids=FUSED.keys())
+@pytest.mark.parametrize("name", [*FUSED, *CLIPS])
 def test_query_and_bias_in_one_kernel(
-    problem: Problem, programs: int | None, has_grad_lse: bool, planned: list[str], monkeypatch: pytest.MonkeyPatch
+    name: str, programs: int | None, has_grad_lse: bool, launched: list[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Against the reference in float64, and the same bits each time; few programs have several tiles each."""
+    problem = (FUSED | CLIPS)[name]
     if programs is not None:
         monkeypatch.setattr(prepare, "PROGRAMS", {2: programs, 3: programs})
+        monkeypatch.setattr(prepare, "CLIPS_PROGRAMS", programs)
 
     def gradients(inputs: dict[str, Tensor], backend: str) -> list[Tensor]:
         leaves = {name: x.detach().requires_grad_() for name, x in inputs.items()}
@@ -348,12 +381,16 @@ def test_query_and_bias_in_one_kernel(
                 assert all(map(torch.equal, gradients(inputs, "triton"), actual))
         found = {name: relative_error(x, y) for name, x, y in zip(inputs, actual, expected, strict=True)}
         assert max(found.values()) < tolerance, found
-    assert planned.count("query_bias") == 6 and not {"query", "bias"} & set(planned)
+    kernel, other = "query_bias_kernel", "query_bias_clips_kernel"
+    if name in CLIPS:
+        kernel, other = other, kernel
+    assert launched.count(kernel) == 6 and not {other, "query_kernel", "bias_kernel"} & set(launched)
 
 
-def test_query_and_bias_with_a_bias_of_each_dtype(planned: list[str]) -> None:
+@pytest.mark.parametrize("name", ["map", "ragged clips"])
+def test_query_and_bias_with_a_bias_of_each_dtype(name: str, planned: list[str]) -> None:
     """One after the other, on the same shapes: its gradient is written in its own."""
-    problem = FUSED["map"]
+    problem = (FUSED | CLIPS)[name]
     inputs = problem.inputs(torch.bfloat16, DEVICE)
     for dtype in (torch.bfloat16, torch.float32, torch.bfloat16):
         found = attend_with_gradients(problem, inputs | {"rpb": inputs["rpb"].to(dtype)}, "triton")
@@ -364,9 +401,10 @@ def test_query_and_bias_with_a_bias_of_each_dtype(planned: list[str]) -> None:
     assert planned.count("query_bias") == 3
 
 
-def test_query_and_bias_beside_infinite_scores(planned: list[str]) -> None:
+@pytest.mark.parametrize("name", ["ragged map", "ragged clips"])
+def test_query_and_bias_beside_infinite_scores(name: str, planned: list[str]) -> None:
     """A bias too large for a float32 exponential outside of the map does no harm to the sums."""
-    problem = FUSED["ragged map"]
+    problem = (FUSED | CLIPS)[name]
     inputs = problem.inputs(torch.bfloat16, DEVICE)
     inputs["rpb"] = inputs["rpb"] + 300.0
     found = errors(problem, inputs)

@@ -16,7 +16,7 @@ SAMPLE = [
 SAMPLE += ["test_benchmark_workloads[img_s2-rpb]", "test_wide_windows[map, odd stride-packed, forced]"]
 SAMPLE += [
     f"test_query_and_bias_in_one_kernel[{problem}-few programs-lse]"
-    for problem in ("ragged map", "causal clip", "dilated map")
+    for problem in ("ragged map", "causal clip", "dilated map", "ragged clips")
 ]
 SAMPLE += ["test_dilations_that_divide_lengths[map-rpb-packed]"]
 

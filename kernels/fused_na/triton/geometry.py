@@ -102,6 +102,7 @@ class Geometry:
         heads: int,
         moving: dict[str, Extent],
         own_tensors: tuple[str, ...] = (),
+        samples: int = 1,
         **more: Any,
     ) -> Launch:
         """A launch of a kernel.
@@ -114,6 +115,7 @@ class Geometry:
             moving: by tensor, extents of the tiles that it loops over.
             own_tensors: of which its own tile is loaded or stored. Both go through the bulk copy engine where that was
                 chosen and the machine and the layouts allow it.
+            samples: of a tile that is copied in bulk.
             more: arguments of its own. `programs` is how many run; by default one for each tile, head and sample.
         """
         counts = self.tiles_per_axis(own)
@@ -142,7 +144,7 @@ class Geometry:
         if arguments["TMA"]:
             describe = bulk_copy.describe_for_gluon if isinstance(kernel, GluonJITFunction) else bulk_copy.describe
             axes = as_three_axes(self.problem.axes)
-            bulk = {name: partial(describe, layout, axes, copied[name]) for name, layout in layouts.items()}
+            bulk = {name: partial(describe, layout, axes, (samples, *copied[name])) for name, layout in layouts.items()}
         return Launch(kernel, arguments.pop("programs"), arguments, bulk)
 
     def layout(self, name: str) -> Layout:
@@ -161,8 +163,8 @@ class Geometry:
 
     @property
     def fuses_bias(self) -> bool:
-        """Whether the query's and the bias's gradients come from one kernel, `query_bias_kernel`: for small windows on
-        Hopper, if a program's sums leave shared memory for others.
+        """Whether the query's and the bias's gradients come from one kernel, `query_bias_kernel` or of several clips
+        `query_bias_clips_kernel`: for small windows on Hopper, if a program's sums leave shared memory for others.
         """
         problem, axes = self.problem, self.problem.axes
         read = (problem.query, problem.key, problem.value, problem.grad_output, problem.output)
@@ -183,7 +185,7 @@ class Geometry:
 
     @property
     def slots(self) -> Slots:
-        """Of `query_bias_kernel`, for each of its dilation groups, which have one size."""
+        """Of the kernels that `fuses_bias` names, for each dilation group, which have one size."""
         tiles = choose_tiles("query_bias", self.workload)
         axes = (axis._replace(length=axis.length // axis.dilation, dilation=1) for axis in self.problem.axes)
         return slots_of(tuple(axes), tiles.query, tiles.key)

@@ -13,11 +13,13 @@ from fused_na.triton.key_value_wide import key_value_wide_kernel
 from fused_na.triton.launch import Launch, Prepared
 from fused_na.triton.problem import Problem
 from fused_na.triton.query_bias import fold_kernel, query_bias_kernel, sum_kernel
+from fused_na.triton.query_bias_clips import fold_rows_kernel, query_bias_clips_kernel
 from fused_na.triton.query_wide import query_wide_kernel
-from fused_na.triton.slots import PROGRAMS, SLOT, odd, shares
+from fused_na.triton.slots import CLIPS_PROGRAMS, PROGRAMS, SAMPLES, SLOT, odd, shares
 from fused_na.triton.tiles import Extent, Tiles, as_three_axes, half
 from fused_na.window import Axis
 
+LEAST_CLIPS = 3  # for `query_bias_clips_kernel`, which leaves one warp of four idle then
 SPLITS = 16  # most parts in which the programs of a class are added up
 
 
@@ -95,6 +97,10 @@ def _bias(geometry: Geometry, tiles: Tiles) -> Prepared:
 
 
 def _query_bias(geometry: Geometry, tiles: Tiles) -> Prepared:
+    if len(geometry.problem.axes) == 3 and geometry.groups == 1 and geometry.batch >= LEAST_CLIPS:
+        clips = _query_bias_clips(geometry, tiles)
+        if 4 * prod(clips.workspaces["partial"]) <= PARTIAL_BYTES:
+            return clips
     slots, heads, rpb = geometry.slots, geometry.heads, geometry.problem.grad_rpb
     assert rpb is not None
     wanted = PROGRAMS[len(geometry.problem.axes)]
@@ -129,6 +135,37 @@ def _query_bias(geometry: Geometry, tiles: Tiles) -> Prepared:
         "summed": (splits, heads, slots.classes, slots.number, SLOT),
     }
     return Prepared(launches, workspaces)
+
+
+def _query_bias_clips(geometry: Geometry, tiles: Tiles) -> Prepared:
+    slots, heads, rpb = geometry.slots, geometry.heads, geometry.problem.grad_rpb
+    assert rpb is not None
+    along, chunks = slots.shares((1, 1, 1)), ceil(geometry.batch / SAMPLES)
+    items = prod(along) * chunks
+    share = ceil(items / max(1, CLIPS_PROGRAMS // heads))
+    programs = ceil(items / share)
+    rows, groups = programs + slots.classes - 1, (slots.counts[0] + 2) * 2
+    own: dict[str, Any] = {
+        "before": odd(slots.before),
+        "alike": odd(slots.alike),
+        "places": odd(along),
+        "chunks": chunks,
+        "items": items,
+        "share": share,
+        "rows": rows,
+        "COUNTS": slots.counts,
+        "programs": programs * heads,
+        "num_warps": SAMPLES,
+    }
+    read = {"query": tiles.query, "key": tiles.key, "value": tiles.key}
+    read |= {"grad_output": tiles.query, "output": tiles.query}
+    rest = geometry.arguments | own | {"QUERY_TILE": tiles.query, "KEY_TILE": tiles.key}
+    rest |= {"POSITIONS_AT_ONCE": 16, "num_warps": 8}
+    launches = [
+        geometry.launch(query_bias_clips_kernel, tiles, tiles.query, heads, read, samples=SAMPLES, **own),
+        Launch(fold_rows_kernel, heads * ceil(prod(rpb.shape[1:]) / 16), rest),
+    ]
+    return Prepared(launches, {"partial": (heads, rows, *slots.counts[1:], groups, SLOT)})
 
 
 def _lead(axis: Axis, key_tile: int) -> int:

@@ -41,18 +41,25 @@ CLASSES_AT_ONCE = tl.constexpr(16)
 
 
 @gluon.jit
+def split_planes(planes, layout: gl.constexpr):
+    """The parts of `[..., 2, 2, 2]`, whose last two dimensions are the plane of queries and the first of them that of
+    keys, as `planes_of` orders them."""
+    even, odd = gl.split(planes)
+    first, third = gl.split(even)
+    second, fourth = gl.split(odd)
+    parts = gl.split(first) + gl.split(second) + gl.split(third) + gl.split(fourth)
+    result = gl.tuple(())
+    for i in gl.static_range(8):
+        result = result + (gl.convert_layout(parts[i], layout, assert_trivial=True),)
+    return result
+
+
+@gluon.jit
 def planes_of(tile, lane_layout: gl.constexpr):
     """The planes of a `[32, 32]` tile, those of the first queries first: eight times `[lane, number]`."""
     # [plane of queries, query, plane of keys, eight, pair of columns, column]; query and pair of columns make the lane.
     split = tile.reshape([4, 8, 2, 2, 4, 2]).permute((1, 4, 3, 5, 2, 0)).reshape([32, NUMBERS, 2, 2, 2])
-    even, odd = gl.split(split)
-    first, third = gl.split(even)
-    second, fourth = gl.split(odd)
-    planes = gl.split(first) + gl.split(second) + gl.split(third) + gl.split(fourth)
-    result = gl.tuple(())
-    for i in gl.static_range(8):
-        result = result + (gl.convert_layout(planes[i], lane_layout, assert_trivial=True),)
-    return result
+    return split_planes(split, lane_layout)
 
 
 @gluon.jit
@@ -139,21 +146,20 @@ def tile_begin(start, step, KEY_TILE: gl.constexpr):
 
 
 @gluon.jit
-def fill(ring, step, stage, start, origins, head_kv, exists, KEY_TILE: gl.constexpr):
-    """Starts the copies of a step's keys and values into a stage, where the step exists. `origins` are the first
-    sample's, as of `copy_origin`, and how far those of samples lie apart."""
+def fill(ring, stage, origin, begin, head_kv, exists):
+    """Starts the copies of a tile of keys and their values into a stage, where it exists. It begins at `begin` of the
+    sample at `origin`, as of `copy_origin`."""
     key, value, keys, values, full = ring
-    t, h, w = tile_begin(start, step, KEY_TILE)
-    place = [origins[0] + step[0] * origins[1], t, h, w, head_kv * key.block_type.shape[4]]
+    place = [origin, begin[0], begin[1], begin[2], head_kv * key.block_type.shape[4]]
     mbarrier.expect(full.index(stage), key.block_type.nbytes + value.block_type.nbytes, pred=exists)
     tma.async_copy_global_to_shared(key, place, full.index(stage), keys.index(stage), pred=exists)
     tma.async_copy_global_to_shared(value, place, full.index(stage), values.index(stage), pred=exists)
 
 
 @gluon.jit
-def fill_own(tensors, own, own_full, origins, sample, begin, head, exists):
-    """Starts the copies of a sample's queries, incoming gradients and outputs, where the sample exists."""
-    place = [origins[0] + sample * origins[1], begin[0], begin[1], begin[2], head * tensors[0].block_type.shape[4]]
+def fill_own(tensors, own, own_full, origin, begin, head, exists):
+    """Starts the copies of a tile of queries, incoming gradients and outputs, where it exists."""
+    place = [origin, begin[0], begin[1], begin[2], head * tensors[0].block_type.shape[4]]
     mbarrier.expect(own_full.index(0), 3 * tensors[0].block_type.nbytes, pred=exists)
     for i in gl.static_range(3):
         tma.async_copy_global_to_shared(tensors[i], place, own_full.index(0), own.index(i), pred=exists)
@@ -247,7 +253,7 @@ def query_bias_kernel(
     samples = gl.minimum(samples_per_program, batches - first_sample)
     tokens = length_w.to(gl.int64) * length_h * length_t
     first_origin = copy_origin(first_sample, dilation_group, (length_t, length_h, length_w), DILATED)
-    origins = (first_origin, length_t * length_h * length_w if DILATED else 1)
+    samples_apart = length_t * length_h * length_w if DILATED else 1
     factor = scale * LOG2_E
 
     row_inner = unravel(gl.arange(0, 32, row_layout), QUERY_TILE)
@@ -286,10 +292,11 @@ def query_bias_kernel(
         all_steps = samples * steps
 
         # The ring runs on over samples: their last step already copies the first tile of the next one.
-        fill_own(own_tensors, own, own_full, origins, 0, begin, head, True)
+        fill_own(own_tensors, own, own_full, first_origin, begin, head, True)
         ahead, fill_stage = (0, 0, 0, 0), stage
         for early in gl.static_range(STAGES - 1):
-            fill(ring, ahead, fill_stage, start, origins, head_kv, early < all_steps, KEY_TILE)
+            origin = first_origin + ahead[0] * samples_apart
+            fill(ring, fill_stage, origin, tile_begin(start, ahead, KEY_TILE), head_kv, early < all_steps)
             ahead = following(ahead, counts, COUNTS)
             fill_stage = gl.where(fill_stage == STAGES - 1, 0, fill_stage + 1)
         done = 0
@@ -310,7 +317,8 @@ def query_bias_kernel(
             grad_o = own.index(1).reshape([32, HEAD_DIM]).load(left)
             o = own.index(2).reshape([32, HEAD_DIM]).load(left)
             row_delta = gl.convert_layout(gl.sum(o.to(gl.float32) * grad_o.to(gl.float32), 1), row_layout)
-            fill_own(own_tensors, own, own_full, origins, sample + 1, begin, head, has_next)
+            next_origin = first_origin + (sample + 1) * samples_apart
+            fill_own(own_tensors, own, own_full, next_origin, begin, head, has_next)
             if grad_lse is not None:
                 row_delta -= gl.load(grad_lse + row_base + row, mask=is_query, other=0.0)
             gl.store(delta + row_base + row, row_delta, mask=is_query)
@@ -318,8 +326,8 @@ def query_bias_kernel(
 
             grad_q = gl.zeros([32, HEAD_DIM], gl.float32, layout)
             for _ in range(steps):
-                exists = done + (STAGES - 1) < all_steps
-                fill(ring, ahead, fill_stage, start, origins, head_kv, exists, KEY_TILE)
+                origin, ahead_begin = first_origin + ahead[0] * samples_apart, tile_begin(start, ahead, KEY_TILE)
+                fill(ring, fill_stage, origin, ahead_begin, head_kv, done + (STAGES - 1) < all_steps)
                 ahead = following(ahead, counts, COUNTS)
                 fill_stage = gl.where(fill_stage == STAGES - 1, 0, fill_stage + 1)
 
@@ -408,6 +416,32 @@ def sum_kernel(
     tl.store(summed + pid * SLOT_SIZE + number, total)
 
 
+@triton.jit
+def slot_of(
+    position,
+    query,
+    begin,
+    start,
+    KERNEL: tl.constexpr,
+    QUERY_TILE: tl.constexpr,
+    KEY_TILE: tl.constexpr,
+    COUNTS: tl.constexpr,
+):
+    """Where one of a plane's 8 queries meets a relative position, in tiles of queries that begin at `begin` and whose
+    first key is `start`: whether it does, the slot's indices (`slots.Slots`) and the number in the slot."""
+    inner = unravel(query, QUERY_TILE)
+    # The key's place in the tiles of keys; along t less that of the query's plane, which starts at the last one's.
+    t = begin[0] - start[0] + position[0] - (KERNEL[0] - 1) + (QUERY_TILE[0] - 1)
+    h = begin[1] - start[1] + position[1] - (KERNEL[1] - 1) + inner[1]
+    w = begin[2] - start[2] + position[2] - (KERNEL[2] - 1) + inner[2]
+    exists = (t >= 0) & (t < COUNTS[0] * KEY_TILE[0] + QUERY_TILE[0] - 1)
+    exists &= (h >= 0) & (h < COUNTS[1] * KEY_TILE[1]) & (w >= 0) & (w < COUNTS[2] * KEY_TILE[2])
+    column = h % KEY_TILE[1] * KEY_TILE[2] + w % KEY_TILE[2]
+    # As the scores lie in a warp: 4 lanes a query, and of each lane two columns of each 8.
+    lane, number = query * 4 + column % 8 // 2, column // 8 * 2 + column % 2
+    return exists, t, h // KEY_TILE[1], w // KEY_TILE[2], lane * 4 + number
+
+
 @triton.jit(do_not_specialize=["length_t", "length_h", "length_w", "heads", "splits"])
 def fold_kernel(
     summed,
@@ -435,7 +469,6 @@ def fold_kernel(
     head = pid // POSITIONS
     position = unravel(pid % POSITIONS, (2 * KERNEL[0] - 1, 2 * KERNEL[1] - 1, 2 * KERNEL[2] - 1))
     query = tl.arange(0, 8)[None, :]
-    inner = unravel(query, QUERY_TILE)
     all_classes = classes[0] * classes[1] * classes[2]
     total = tl.zeros([CLASSES_AT_ONCE, 8], tl.float32)
     for first in range(0, all_classes, CLASSES_AT_ONCE):
@@ -446,17 +479,9 @@ def fold_kernel(
         begin_w = tl.where(kind_w > before[2], kind_w + alike[2] - 1, kind_w) * QUERY_TILE[2]
         begin = (begin_t, begin_h, begin_w)
         start, end = windows(begin, (length_t, length_h, length_w), KERNEL, STRIDE, CAUSAL)
-        # The key's place in the tiles of keys; along t less that of the query's plane, which starts at the last one's.
-        t = begin[0] - start[0] + position[0] - (KERNEL[0] - 1) + (QUERY_TILE[0] - 1)
-        h = begin[1] - start[1] + position[1] - (KERNEL[1] - 1) + inner[1]
-        w = begin[2] - start[2] + position[2] - (KERNEL[2] - 1) + inner[2]
-        exists = (kind < all_classes) & (t >= 0) & (t < COUNTS[0] * KEY_TILE[0] + QUERY_TILE[0] - 1)
-        exists &= (h >= 0) & (h < COUNTS[1] * KEY_TILE[1]) & (w >= 0) & (w < COUNTS[2] * KEY_TILE[2])
-        slot = (t * COUNTS[1] + h // KEY_TILE[1]) * COUNTS[2] + w // KEY_TILE[2]
-        column = h % KEY_TILE[1] * KEY_TILE[2] + w % KEY_TILE[2]
-        # As the scores lie in a warp: 4 lanes a query, and of each lane two columns of each 8.
-        lane, number = query * 4 + column % 8 // 2, column // 8 * 2 + column % 2
-        entry = (kind * SLOTS + slot) * SLOT_SIZE + lane * 4 + number
+        exists, t, h, w, number = slot_of(position, query, begin, start, KERNEL, QUERY_TILE, KEY_TILE, COUNTS)
+        exists &= kind < all_classes
+        entry = (kind * SLOTS + (t * COUNTS[1] + h) * COUNTS[2] + w) * SLOT_SIZE + number
         for split in tl.range(0, splits, num_stages=1, loop_unroll_factor=8):
             rows = (split * heads + head) * all_classes * (SLOTS * SLOT_SIZE)
             total += tl.load(summed + rows + entry, exists, other=0.0)

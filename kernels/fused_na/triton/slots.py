@@ -1,4 +1,5 @@
-"""Where `query_bias.py` adds up the gradient of the bias: a pure function of the problem, which needs no GPU."""
+"""Where `query_bias.py` and `query_bias_clips.py` add up the gradient of the bias: a pure function of the problem, for
+which it takes no GPU."""
 
 from functools import lru_cache
 from itertools import groupby
@@ -12,6 +13,8 @@ SLOT = 128  # numbers of a slot, four for each lane of a warp
 # Programs by the number of axes, for the 132 multiprocessors of an H100: on maps each runs 8 at once, and more programs
 # were slower; on clips it runs 4, which differ more in length and share the work best by the dozen.
 PROGRAMS = {2: 132 * 8, 3: 132 * 12}
+SAMPLES = 4  # of a program of `query_bias_clips.py` at once
+CLIPS_PROGRAMS = 132 * 2  # of it, as many as run at once; with 4 to 24 for each multiprocessor their rows cost more
 
 
 class Slots(NamedTuple):
