@@ -59,7 +59,7 @@ def query_kernel(
     length_h,
     length_w,
     dilations,
-    divisors,  # by `launch.divisor`: of the tiles and the dilation of each axis, and of the heads
+    divisors,  # by `geometry.divisor`: of the tiles and the dilation of each axis, and of the heads
     heads,
     additional,
     query_strides,  # batch, t, h, w, heads; head_dim is contiguous
@@ -203,7 +203,7 @@ def key_value_kernel(
     length_h,
     length_w,
     dilations,
-    divisors,  # by `launch.divisor`: of the tiles and the dilation of each axis, and of the heads
+    divisors,  # by `geometry.divisor`: of the tiles and the dilation of each axis, and of the heads
     heads,
     query_strides,  # batch, t, h, w, heads; head_dim is contiguous
     key_strides,
@@ -337,7 +337,7 @@ def bias_kernel(
     length_h,
     length_w,
     dilations,
-    divisors,  # by `launch.divisor`: of the tiles and the dilation of each axis, and of the heads
+    divisors,  # by `geometry.divisor`: of the tiles and the dilation of each axis, and of the heads
     heads,
     batches,
     batch_splits,

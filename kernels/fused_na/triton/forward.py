@@ -60,7 +60,7 @@ def forward_kernel(
     length_h,
     length_w,
     dilations,
-    divisors,  # by `launch.divisor`: of the tiles and the dilation of each axis, and of the heads
+    divisors,  # by `geometry.divisor`: of the tiles and the dilation of each axis, and of the heads
     heads,
     additional,
     query_strides,  # batch, t, h, w, heads; head_dim is contiguous
