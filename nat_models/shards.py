@@ -150,7 +150,8 @@ def write_split(writer: ShardWriter, classes: list[str], settings: dict[str, Any
     encoded = io.BytesIO()
     np.save(encoded, positions)
     content = encoded.getvalue()
-    table = {"file": f"{writer.split}.npy", "bytes": len(content), "sha256": hashlib.sha256(content).hexdigest()}
+    table: dict[str, Any] = {"file": f"{writer.split}.npy", "bytes": len(content)}
+    table["sha256"] = hashlib.sha256(content).hexdigest()
     index = {"images": len(positions), "classes": classes, "skipped": skipped, **settings}
     index |= {"positions": table, "shards": records}
     _write(writer.out / table["file"], content)
