@@ -22,25 +22,29 @@ from nat_models.engine.build import (
 from nat_models.engine.checkpoint import best_checkpoint
 from nat_models.engine.errors import RUN_ERRORS, SETUP_ERRORS, exit_on
 from nat_models.engine.evaluation import evaluate, save_evaluation
+from nat_models.engine.files import remove_if_empty
 from nat_models.engine.plots import plot_curves
 from nat_models.engine.report import print_setup, print_table, result_rows
 from nat_models.engine.resume import choose_run, config_digest, continue_run
-from nat_models.engine.run_folder import record_run
+from nat_models.engine.run_folder import hydra_folder, record_run
 
 
 @hydra.main(version_base="1.3", config_path="configs", config_name="train")
 def main(cfg: DictConfig) -> float:
     """Trains, evaluates the best checkpoint, writes the report; returns `optimized_metric` of it."""
-    with exit_on(SETUP_ERRORS, Path(cfg.run_dir)):
+    made_by_hydra = hydra_folder(cfg)
+    with exit_on(SETUP_ERRORS, made_by_hydra):
         prepare_process(cfg)
         digest = config_digest(cfg)
         going_on = choose_run(cfg)
+        run_dir = Path(cfg.run_dir)
+        if run_dir.absolute() != made_by_hydra.absolute():
+            remove_if_empty(made_by_hydra)
         datamodule = build_datamodule(cfg)
         trainer = build_trainer(cfg)
         module = build_module(cfg, datamodule, trainer)
         check_optimized_metric(cfg.optimized_metric, module)
         continue_run(cfg, datamodule, trainer, module)
-        run_dir = Path(cfg.run_dir)
         if trainer.is_global_zero:
             record_run(cfg, digest, run_dir, datamodule, trainer.world_size, trainer.strategy.root_device)
     if trainer.is_global_zero:

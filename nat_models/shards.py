@@ -147,10 +147,14 @@ def write_split(writer: ShardWriter, classes: list[str], settings: dict[str, Any
     records = list(track(loader, f"Writing {writer.split}", len(writer), console=console))
     positions = np.array([row for record in records for row in record.pop("positions")], np.int64).reshape(-1, 4)
     skipped = [name for record in records for name in record.pop("skipped")]
-    index = {"images": len(positions), "classes": classes, "skipped": skipped, **settings, "shards": records}
     encoded = io.BytesIO()
     np.save(encoded, positions)
-    _write(writer.out / f"{writer.split}.npy", encoded.getvalue())
+    content = encoded.getvalue()
+    table: dict[str, Any] = {"file": f"{writer.split}.npy", "bytes": len(content)}
+    table["sha256"] = hashlib.sha256(content).hexdigest()
+    index = {"images": len(positions), "classes": classes, "skipped": skipped, **settings}
+    index |= {"positions": table, "shards": records}
+    _write(writer.out / table["file"], content)
     _write(writer.out / f"{writer.split}.json", json.dumps(index, indent=1).encode())
     for path in writer.parts.iterdir():
         path.unlink()
@@ -158,17 +162,17 @@ def write_split(writer: ShardWriter, classes: list[str], settings: dict[str, Any
     return index
 
 
-def damaged_shards(out: str, split: str) -> list[str]:
-    """Shards of a split that are missing or whose sha256 is not that of the index."""
+def damaged_files(out: str, split: str) -> list[str]:
+    """Files of a split that are missing or whose sha256 is not that of the index: shards, and positions with labels."""
     damaged = []
-    shards = read_index(out, split)["shards"]
-    for shard in track(shards, f"Checking {split}", console=Console(stderr=True)):
-        path = Path(out) / shard["file"]
+    index = read_index(out, split)
+    for record in track([*index["shards"], index["positions"]], f"Checking {split}", console=Console(stderr=True)):
+        path = Path(out) / record["file"]
         if not path.is_file():
             damaged.append(str(path))
             continue
         with open(path, "rb") as file:
-            if hashlib.file_digest(file, "sha256").hexdigest() != shard["sha256"]:
+            if hashlib.file_digest(file, "sha256").hexdigest() != record["sha256"]:
                 damaged.append(str(path))
     return damaged
 
@@ -237,6 +241,9 @@ def _write_all(options: argparse.Namespace) -> None:
         if classes is None:
             raise ValueError(f"{options.source!r} does not tell its classes")
         settings["source_images"] = len(source)
+        if is_folder:  # others tell names only with their images
+            names = "\n".join(source.filenames())
+            settings["source_names"] = hashlib.sha256(names.encode("utf-8", "surrogateescape")).hexdigest()
         if (out / f"{split}.json").exists():
             found = read_index(options.out, split)
             if {key: found.get(key) for key in settings} != settings or found["classes"] != classes:
@@ -254,11 +261,11 @@ def _write_all(options: argparse.Namespace) -> None:
 
 
 def _check(out: str, splits: Sequence[str]) -> int:
-    damaged = [path for split in splits for path in damaged_shards(out, split)]
+    damaged = [path for split in splits for path in damaged_files(out, split)]
     for path in damaged:
         print(f"damaged: {path}")
     if not damaged:
-        print("all shards are as they were written")
+        print("all shards, positions and labels are as they were written")
     return 1 if damaged else 0
 
 

@@ -7,6 +7,7 @@ import csv
 import importlib
 import json
 import os
+import platform
 import random
 import resource
 import runpy
@@ -31,6 +32,7 @@ from nat_models.engine import evaluation, plots
 from nat_models.engine.callbacks import UndecodableCount
 from nat_models.engine.checkpoint import read_checkpoint
 from nat_models.engine.checkpoint_io import VerifiedCheckpointIO
+from nat_models.engine.claim import claim_folder
 from nat_models.engine.classification import ClassificationModule
 from nat_models.engine.last_checkpoint import LastCheckpoint
 from nat_models.engine.position import Position
@@ -338,6 +340,19 @@ def test_run_folder_that_cannot_be_written(capfd):
 def test_run_folder_with_a_run_is_not_overwritten(tmp_path, reference, capfd):
     assert in_child(reference("plain"), *SMALL) == 2
     assert "holds a run already; ckpt_path=auto goes on with it" in capfd.readouterr().err
+    folder = tmp_path / "folder"
+    folder.mkdir()
+    assert command_in_child(folder, *SMALL, f"run_dir={reference('plain')}") == 2
+    assert "holds a run already" in capfd.readouterr().err
+    assert not list(folder.glob("runs/none/*"))  # of which Hydra makes one
+
+
+def test_run_folder_in_use_is_left_alone(tmp_path, capfd):
+    claim_folder(tmp_path)
+    claim_folder(tmp_path)  # as often as one process likes
+    assert in_child(tmp_path, *SMALL, "ckpt_path=auto") == 2
+    assert f"in use by process {os.getpid()} on {platform.node()}; wait for its end" in capfd.readouterr().err
+    assert not (tmp_path / "checkpoints").exists()
 
 
 def poison(module, batch, batch_idx) -> None:

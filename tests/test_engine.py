@@ -19,11 +19,12 @@ from torch.nn import functional as F
 
 from nat_models.data import ImageDataModule
 from nat_models.data.device_transforms import batch_generator
+from nat_models.engine import errors
 from nat_models.engine.build import quiet_lightning
 from nat_models.engine.callbacks import Mistake, PredictionRecorder
 from nat_models.engine.checkpoint import check_resumable, check_unfinished, find_checkpoint, read_checkpoint
 from nat_models.engine.classification import COMPILE_MODES, ClassificationModule
-from nat_models.engine.errors import NonFiniteStepsError
+from nat_models.engine.errors import NonFiniteStepsError, exit_on
 from nat_models.engine.evaluation import evaluate
 from nat_models.engine.non_finite import SkipNonFiniteSteps
 from nat_models.engine.plots import plot_batch, plot_confusion, plot_curves, plot_mistakes, plot_per_class
@@ -221,6 +222,14 @@ def test_compile_takes_the_modes_of_torch_compile(monkeypatch):
     assert set(COMPILE_MODES) <= set(torch._inductor.list_mode_options())
     with pytest.raises(ValueError, match="model.compile=fast: must be true, false or one of default, reduce-overhead"):
         ClassificationModule("test_vit", 10, compile="fast")
+
+
+def test_a_mistake_in_a_sweep_ends_its_run_alone(monkeypatch, capsys):
+    for in_sweep, ends in ((False, SystemExit), (True, ValueError)):  # all of it, or what Hydra takes for a failed run
+        monkeypatch.setattr(errors, "in_sweep", lambda in_sweep=in_sweep: in_sweep)
+        with pytest.raises(ends), exit_on((ValueError,)):
+            raise ValueError("no such setting")
+        assert capsys.readouterr().err == "error: no such setting\n"
 
 
 def test_unknown_model_names_the_nearest():

@@ -97,6 +97,19 @@ def test_index_counts_and_checksums_find_damage(folder, tmp_path, capsys):
         create_source("shards", str(out))
 
 
+def test_checksums_and_sizes_find_damage_of_labels(folder, tmp_path, capsys):
+    out = pack(folder, tmp_path / "out")
+    path = out / "train.npy"
+    positions = np.load(path)
+    positions[:, -1] = np.roll(positions[:, -1], 1)
+    np.save(path, positions)
+    pack(folder, out, "--check", status=1)
+    assert f"damaged: {path}" in capsys.readouterr().out
+    path.write_bytes(path.read_bytes()[:400])
+    with pytest.raises(ValueError, match="train.npy has 400 bytes, but its index says"):
+        create_source("shards", str(out))
+
+
 def contents(out: Path) -> dict[str, bytes]:
     return {path.name: path.read_bytes() for path in out.iterdir()}
 
@@ -131,6 +144,15 @@ def test_a_stopped_run_goes_on_and_gives_the_same_bytes(folder, packed, tmp_path
     assert "train: complete" in capsys.readouterr().out
     with pytest.raises(SystemExit):  # another folder has another number of images
         pack(write_image_folder(tmp_path / "images"), out)
+    assert "were made otherwise" in capsys.readouterr().err
+
+
+def test_shards_of_as_many_other_images_are_not_complete(tmp_path, capsys):
+    folder, out = write_image_folder(tmp_path / "images"), tmp_path / "out"
+    pack(folder, out)
+    (folder / "train" / "class_2" / "1.jpg").rename(folder / "train" / "class_2" / "other.jpg")
+    with pytest.raises(SystemExit):
+        pack(folder, out)
     assert "were made otherwise" in capsys.readouterr().err
 
 

@@ -1,7 +1,7 @@
 """Images in a few large tar files, any of which is read by its position.
 
 `python -m nat_models.shards` writes them. Every split has `SPLIT-000000.tar`, ..., an index `SPLIT.json` (class names,
-number of images, size and sha256 of each shard) and the positions of all images, `SPLIT.npy`. The tar files are
+number of images, size and sha256 of each file) and `SPLIT.npy`, each image's position and label. The tar files are
 webdataset shards as well (`KEY.jpg` and `KEY.cls`), so others can stream them; here they are read at random, and with
 that an epoch's order, its length and its division among processes are those of any other dataset.
 """
@@ -28,21 +28,23 @@ class ShardReader(Reader):
         split: name of the split.
 
     Raises:
-        ValueError: no `root`, or a shard has another size than the index says.
-        FileNotFoundError: there is no such folder, index or shard.
+        ValueError: no `root`, or a file has another size than the index says.
+        FileNotFoundError: there is no such folder, index or file.
     """
 
     def __init__(self, root: str | None, split: str) -> None:
         super().__init__()
         index = read_index(root, split)
-        self.paths = [Path(root or "") / shard["file"] for shard in index["shards"]]
-        for path, shard in zip(self.paths, index["shards"], strict=True):
+        records = [*index["shards"], index["positions"]]
+        paths = [Path(root or "") / record["file"] for record in records]
+        for path, record in zip(paths, records, strict=True):
             if not path.is_file():
-                raise FileNotFoundError(f"{path}, a shard of data.root={root!r}, is missing")
-            if path.stat().st_size != shard["bytes"]:
-                raise ValueError(f"{path} has {path.stat().st_size} bytes, but its index says {shard['bytes']}")
+                raise FileNotFoundError(f"{path}, of the shards of data.root={root!r}, is missing")
+            if path.stat().st_size != record["bytes"]:
+                raise ValueError(f"{path} has {path.stat().st_size} bytes, but its index says {record['bytes']}")
         self.class_to_idx = {name: label for label, name in enumerate(index["classes"])}
-        self.positions = np.load(Path(root or "") / f"{split}.npy", mmap_mode="r")
+        *self.paths, positions = paths
+        self.positions = np.load(positions, mmap_mode="r")
 
     def __len__(self) -> int:
         return len(self.positions)

@@ -4,7 +4,7 @@ import os
 import signal
 import sys
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from pathlib import Path
 from types import FrameType
 
@@ -16,6 +16,7 @@ from omegaconf.errors import OmegaConfBaseException
 
 from nat_models.data import UndecodableImageError, VideoError
 from nat_models.data.workers import PREEMPTION_SIGNALS
+from nat_models.engine.files import remove_if_empty
 
 PREEMPTED_STATUS = 75  # EX_TEMPFAIL of sysexits.h: the same command, later, may go on
 
@@ -44,11 +45,11 @@ RUN_ERRORS: tuple[type[Exception], ...] = (*DATA_ERRORS, NonFiniteStepsError, Ch
 
 
 @contextmanager
-def exit_on(error_types: tuple[type[Exception], ...], run_dir: Path | None = None) -> Iterator[None]:
-    """Turns errors of these types into `error: ...` on stderr and exit status 2, and removes `run_dir` if it is empty.
+def exit_on(error_types: tuple[type[Exception], ...], folder: Path | None = None) -> Iterator[None]:
+    """Turns errors of these types into `error: ...` on stderr and exit status 2, and removes `folder` if it is empty.
 
-    A training that diverges fails alone where it is one of a sweep. A run that is preempted ends with status 75, at
-    once where it has no handlers of its own for the signals.
+    One of a sweep fails alone. A run that is preempted ends with status 75, and its sweep with it, at once where it has
+    no handlers of its own for the signals.
 
     `HYDRA_FULL_ERROR=1` in the environment keeps the traceback, as it does for Hydra's own errors.
     """
@@ -60,11 +61,10 @@ def exit_on(error_types: tuple[type[Exception], ...], run_dir: Path | None = Non
     except error_types as error:
         if os.environ.get("HYDRA_FULL_ERROR", "0") != "0":
             raise
-        if run_dir is not None:
-            with suppress(OSError):
-                run_dir.rmdir()
+        if folder is not None:
+            remove_if_empty(folder)
         print(f"error: {message_of(error)}", file=sys.stderr, flush=True)
-        if isinstance(error, NonFiniteStepsError) and _in_sweep():
+        if in_sweep():
             raise  # to Hydra, for which this training failed; the others go on
         raise SystemExit(2) from None
     finally:
@@ -72,7 +72,8 @@ def exit_on(error_types: tuple[type[Exception], ...], run_dir: Path | None = Non
             signal.signal(number, handler)
 
 
-def _in_sweep() -> bool:
+def in_sweep() -> bool:
+    """Whether this run is one of several that one command starts."""
     return HydraConfig.initialized() and HydraConfig.get().mode == RunMode.MULTIRUN
 
 

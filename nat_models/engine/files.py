@@ -40,6 +40,12 @@ def remove_temporaries(folder: Path) -> None:
         path.unlink(missing_ok=True)
 
 
+def remove_if_empty(folder: Path) -> None:
+    """Removes a folder that holds nothing."""
+    with suppress(OSError):
+        folder.rmdir()
+
+
 def _sync_folder(folder: Path) -> None:
     """Writes the names in a folder to the disk, where the system knows such a thing."""
     if hasattr(os, "O_DIRECTORY"):

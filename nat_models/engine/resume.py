@@ -2,7 +2,6 @@
 
 import hashlib
 import json
-from contextlib import suppress
 from pathlib import Path
 
 import lightning
@@ -13,6 +12,7 @@ from omegaconf import DictConfig, OmegaConf
 from nat_models.data import DataModule
 from nat_models.engine.checkpoint import check_resumable, check_unfinished, read_checkpoint
 from nat_models.engine.checkpoint_io import LAST, PREVIOUS
+from nat_models.engine.claim import claim_folder
 from nat_models.engine.classification import ClassificationModule
 from nat_models.engine.csv_logger import drop_rows
 from nat_models.engine.errors import message_of
@@ -59,10 +59,7 @@ def choose_run(cfg: DictConfig) -> str | None:
     cfg.ckpt_path = checkpoint and str(checkpoint)
     if checkpoint is not None:
         _set_logger_ids(cfg, read_checkpoint(checkpoint).get("logger_ids", {}))
-    if run_dir != new_dir:
-        cfg.run_dir = str(run_dir)
-        with suppress(OSError):
-            new_dir.rmdir()
+    cfg.run_dir = str(run_dir)
     return f"ckpt_path=auto: {sentence}"
 
 
@@ -93,8 +90,8 @@ def continue_run(
     """Lets the data begin and the logs go on where `cfg.ckpt_path` was saved, or at the beginning if it is None.
 
     Raises:
-        FileNotFoundError, ValueError: training cannot go on from there. In the run's own folder it may be finished
-            already: what may be left to do is the evaluation.
+        FileNotFoundError, ValueError: training cannot go on from there, or another process trains in the run folder. In
+            its own folder a training may be finished already: what may be left to do is the evaluation.
     """
     run_dir, position = Path(cfg.run_dir), Position(0, 0, 0)
     if cfg.ckpt_path is not None:
@@ -107,6 +104,7 @@ def continue_run(
         if isinstance(logger, TensorBoardLogger):
             logger._kwargs["purge_step"] = position.step  # an argument of the SummaryWriter that it will open
     if trainer.is_global_zero:
+        claim_folder(run_dir)
         for folder in (run_dir, run_dir / "csv", run_dir / "checkpoints"):
             remove_temporaries(folder)
         for path in (run_dir / "csv" / "metrics.csv", run_dir / "skipped_steps.csv"):

@@ -63,6 +63,11 @@ def launch_time() -> str:
 OmegaConf.register_new_resolver("launch_time", launch_time, replace=True)
 
 
+def hydra_folder(cfg: DictConfig) -> Path:
+    """The folder that Hydra made for the run, which need not be the one it uses; `cfg.run_dir` without Hydra."""
+    return Path(HydraConfig.get().runtime.output_dir if HydraConfig.initialized() else cfg.run_dir)
+
+
 def record_run(
     config: DictConfig, digest: str, run_dir: Path, datamodule: DataModule, world_size: int, device: torch.device
 ) -> None:

@@ -42,7 +42,7 @@ def inverse_window(index, members, KERNEL: tl.constexpr, STRIDE: tl.constexpr, C
 
 @triton.jit
 def divided(number, divisor):
-    """`number // n` for `0 <= number < 2**31`, by what `geometry.divisor` makes of `n`: 3 instructions instead of 30."""
+    """`number // n` for `0 <= number < 2**31`, by what `geometry.divisor` makes of `n`: 3 instructions, not 30."""
     multiplier, shift = (divisor >> 8).to(tl.uint32), ((divisor >> 1) & 31).to(tl.uint32)
     return (tl.umulhi(tl.cast(number, tl.uint32) << 1, multiplier) >> shift).to(tl.int32)
 
