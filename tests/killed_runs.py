@@ -19,6 +19,7 @@ from pathlib import Path
 from unittest.mock import patch
 
 import pytest
+import timm
 import torch
 import torch.utils.tensorboard  # here, for all forked processes
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
@@ -200,6 +201,16 @@ def test_auto_finds_the_newest_unfinished_run_with_these_settings(tmp_path, refe
     assert command_in_child(tmp_path, *SMALL, "ckpt_path=auto", prepare=kill) == -signal.SIGKILL
     assert "runs/none holds no unfinished run with these settings; starting anew" in capfd.readouterr().out
     assert len(list((tmp_path / "runs" / "none").iterdir())) == 3
+
+
+def test_pretrained_weights_are_read_only_once(tmp_path):
+    base = tmp_path / "base.pth"
+    torch.save(timm.create_model("test_vit", img_size=32).state_dict(), base)
+    settings = [*SMALL, "model.pretrained=true", f"+model.model_kwargs.pretrained_cfg_overlay={{file: {base}}}"]
+    kill = at_call(6, ClassificationModule, "training_step")
+    assert in_child(tmp_path / "run", *settings, prepare=kill) == -signal.SIGKILL
+    base.unlink()
+    assert in_child(tmp_path / "run", *settings, "ckpt_path=auto") == 0
 
 
 def test_loggers_elsewhere_go_on_with_their_runs(tmp_path, reference):
