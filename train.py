@@ -52,7 +52,10 @@ def main(cfg: DictConfig) -> float:
     with exit_on(RUN_ERRORS):
         trainer.fit(module, datamodule, ckpt_path=cfg.ckpt_path, weights_only=True)
         seconds = time.monotonic() - start
-        checkpoint = best_checkpoint(trainer)
+        with exit_on(SETUP_ERRORS):  # a file that is damaged, as one to begin from
+            checkpoint, instead_of_best = best_checkpoint(trainer)
+        if instead_of_best is not None and trainer.is_global_zero:
+            print(instead_of_best, flush=True)
         evaluation = evaluate(checkpoint, datamodule, plain(cfg.trainer))
         static = None
         if isinstance(datamodule, VideoDataModule) and datamodule.static_baseline:

@@ -316,6 +316,27 @@ def test_damaged_checkpoints(tmp_path, reference, capfd):
             read(previous)
 
 
+def test_damaged_best_checkpoint(tmp_path, capfd):
+    folder = tmp_path / "run" / "checkpoints"
+
+    def damaged(*names: str) -> Callable[[], None]:
+        return at_call(1, ClassificationModule, "on_fit_end", lambda *_: [damage(folder / name) for name in names])
+
+    assert in_child(tmp_path / "run", *SMALL, prepare=damaged("best.ckpt")) == 0
+    output = capfd.readouterr().out
+    assert f"'{folder}/best.ckpt' is damaged: its content is not that of its checksum; the score is that of" in output
+    assert f"{folder}/last.ckpt (epoch 3), not of the best epoch" in output and "Last checkpoint (epoch 3)" in output
+    (folder / "best.ckpt").unlink()
+    assert in_child(tmp_path / "run", *SMALL, "ckpt_path=auto", prepare=damaged("last.ckpt")) == 0
+    output = capfd.readouterr().out
+    assert f"there is no checkpoint '{folder}/best.ckpt'; '{folder}/last.ckpt' is damaged" in output
+    assert f"{folder}/previous.ckpt (epoch 2), not of the best epoch" in output
+    prepare = damaged("last.ckpt", "previous.ckpt")
+    damage(folder / "last.ckpt")  # which makes it whole again
+    assert in_child(tmp_path / "run", *SMALL, "ckpt_path=auto", prepare=prepare) == 2
+    assert capfd.readouterr().err.splitlines()[-1].startswith("error: no checkpoint is left to evaluate: there is no")
+
+
 def damage(path: Path) -> None:
     """Flips one bit in the middle of a file, where tensors are."""
     content = bytearray(path.read_bytes())

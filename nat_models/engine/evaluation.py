@@ -48,10 +48,11 @@ def evaluate(checkpoint: str | Path, datamodule: DataModule, trainer_config: dic
         trainer_config: arguments of `lightning.Trainer`; those that concern training are left out.
 
     Raises:
+        FileNotFoundError, ValueError: the checkpoint cannot be read, or is damaged.
         UndecodableImageError: a validation image cannot be decoded, or a streamed dataset left some out.
     """
+    epoch = Position.of(read_checkpoint(checkpoint)).epoch  # first: it checks the file
     module, class_names = load_classifier(checkpoint)
-    epoch = Position.of(read_checkpoint(checkpoint)).epoch
     predictions = PredictionRecorder()
     trainer = lightning.Trainer(
         **instantiate({key: trainer_config[key] for key in EVALUATION_TRAINER_KEYS if key in trainer_config}),
