@@ -61,18 +61,17 @@ def main(cfg: DictConfig) -> float:
         if isinstance(datamodule, VideoDataModule) and datamodule.static_baseline:
             static = evaluate(checkpoint, datamodule.without_motion(), plain(cfg.trainer))
 
+        if trainer.is_global_zero:
+            record: dict[str, Any] = {"checkpoint": str(checkpoint.relative_to(run_dir.resolve()))}
+            record["training_seconds"] = round(seconds, 1)
+            if static is not None:
+                record["top1_without_motion"] = static.metrics["val/top1"]
+            plot_curves(run_dir / "csv" / "metrics.csv", run_dir / "curves.png")
+            save_evaluation(evaluation, run_dir, datamodule, record)  # last: its results.json marks a finished run
+
     if trainer.is_global_zero:
-        record: dict[str, Any] = {
-            "checkpoint": str(checkpoint.relative_to(run_dir.resolve())),
-            "training_seconds": round(seconds, 1),
-        }
-        if static is not None:
-            record["top1_without_motion"] = static.metrics["val/top1"]
-        save_evaluation(evaluation, run_dir, datamodule, record)
-        plot_curves(run_dir / "csv" / "metrics.csv", run_dir / "curves.png")
-        rows = result_rows(evaluation, static, seconds, datamodule) | {"Run folder": str(run_dir)}
         title = f"{checkpoint.stem.capitalize()} checkpoint (epoch {evaluation.epoch}) on the validation split"
-        print_table(title, rows)
+        print_table(title, result_rows(evaluation, static, seconds, datamodule) | {"Run folder": str(run_dir)})
     return evaluation.metrics[cfg.optimized_metric]
 
 

@@ -4,6 +4,7 @@
 """
 
 import csv
+import errno
 import importlib
 import json
 import os
@@ -36,6 +37,7 @@ from nat_models.engine.classification import ClassificationModule
 from nat_models.engine.last_checkpoint import LastCheckpoint
 from nat_models.engine.position import Position
 from nat_models.engine.resume import choose_run
+from nat_models.engine.run_folder import read_results
 
 sys.path.insert(0, str(REPOSITORY / "benchmarks"))
 from kill_and_resume import SETTINGS, differences  # noqa: E402
@@ -191,6 +193,7 @@ def test_auto_finds_the_newest_unfinished_run_with_these_settings(tmp_path, refe
     for other in ([], ["seed=1"]):
         assert command_in_child(tmp_path, *SMALL, *other, prepare=kill) == -signal.SIGKILL
     unfinished, _ = runs = sorted((tmp_path / "runs" / "none").iterdir())
+    (unfinished / "results.json").write_text('{"epoch": 1, "met')  # which is none
     assert command_in_child(tmp_path, *SMALL, "ckpt_path=auto") == 0
     assert f"going on from {unfinished}/checkpoints/last.ckpt (epoch 0, batch 3)" in capfd.readouterr().out
     assert sorted((tmp_path / "runs" / "none").iterdir()) == runs
@@ -290,6 +293,33 @@ def test_preempted(tmp_path, reference, capfd, number, num_workers):
 def test_preempted_outside_of_training(tmp_path):
     prepare = at_call(1, ClassificationModule, "configure_optimizers", lambda *_: os.kill(os.getpid(), signal.SIGTERM))
     assert in_child(tmp_path / "run", *SMALL, prepare=prepare) == 75
+
+
+def full_disk(*arguments: object) -> None:
+    raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+
+@pytest.mark.parametrize(
+    ("action", "status"),
+    [(lambda *_: os.kill(os.getpid(), signal.SIGTERM), 75), (full_disk, 2)],
+    ids=["signal", "full"],
+)
+def test_stopped_while_the_report_is_written(tmp_path, capfd, action, status):
+    run_dir = tmp_path / "run"
+    settings = [*SMALL, "trainer.max_epochs=2"]
+
+    def report(prepare: Callable[[], None]) -> int:
+        def main() -> None:
+            importlib.import_module("train").save_evaluation = evaluation.save_evaluation  # which `forked` leaves out
+            train(compose_train(run_dir, *settings, "ckpt_path=auto"))
+
+        return forked(main, prepare)
+
+    assert report(lambda: setattr(evaluation, "plot_mistakes", action)) == status
+    assert capfd.readouterr().err.splitlines()[-1:] == (["error: [Errno 28] No space left on device"] * (status == 2))
+    assert not (run_dir / "results.json").exists()
+    assert report(lambda: None) == 0
+    assert read_results(run_dir)["epoch"] in (1, 2)
 
 
 def test_damaged_checkpoints(tmp_path, reference, capfd):
