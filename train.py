@@ -56,24 +56,26 @@ def main(cfg: DictConfig) -> float:
     with exit_on(RUN_ERRORS):
         trainer.fit(module, datamodule, ckpt_path=cfg.ckpt_path, weights_only=True)
         seconds = time.monotonic() - start
-        checkpoint = best_checkpoint(trainer)
+        with exit_on(SETUP_ERRORS):  # a file that is damaged, as one to begin from
+            checkpoint, instead_of_best = best_checkpoint(trainer)
+        if instead_of_best is not None and trainer.is_global_zero:
+            print(instead_of_best, flush=True)
         evaluation = evaluate(checkpoint, datamodule, plain(cfg.trainer))
         static = None
         if isinstance(datamodule, VideoDataModule) and datamodule.static_baseline:
             static = evaluate(checkpoint, datamodule.without_motion(), plain(cfg.trainer))
 
+        if trainer.is_global_zero:
+            record: dict[str, Any] = {"checkpoint": str(checkpoint.relative_to(run_dir.resolve()))}
+            record["training_seconds"] = round(seconds, 1)
+            if static is not None:
+                record["top1_without_motion"] = static.metrics["val/top1"]
+            plot_curves(run_dir / "csv" / "metrics.csv", run_dir / "curves.png")
+            save_evaluation(evaluation, run_dir, datamodule, record)  # last: its results.json marks a finished run
+
     if trainer.is_global_zero:
-        record: dict[str, Any] = {
-            "checkpoint": str(checkpoint.relative_to(run_dir.resolve())),
-            "training_seconds": round(seconds, 1),
-        }
-        if static is not None:
-            record["top1_without_motion"] = static.metrics["val/top1"]
-        save_evaluation(evaluation, run_dir, datamodule, record)
-        plot_curves(run_dir / "csv" / "metrics.csv", run_dir / "curves.png")
-        rows = result_rows(evaluation, static, seconds, datamodule) | {"Run folder": str(run_dir)}
         title = f"{checkpoint.stem.capitalize()} checkpoint (epoch {evaluation.epoch}) on the validation split"
-        print_table(title, rows)
+        print_table(title, result_rows(evaluation, static, seconds, datamodule) | {"Run folder": str(run_dir)})
     return evaluation.metrics[cfg.optimized_metric]
 
 

@@ -4,6 +4,7 @@
 """
 
 import csv
+import errno
 import importlib
 import json
 import os
@@ -20,6 +21,7 @@ from pathlib import Path
 from unittest.mock import patch
 
 import pytest
+import timm
 import torch
 import torch.utils.tensorboard  # here, for all forked processes
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
@@ -37,6 +39,7 @@ from nat_models.engine.classification import ClassificationModule
 from nat_models.engine.last_checkpoint import LastCheckpoint
 from nat_models.engine.position import Position
 from nat_models.engine.resume import choose_run
+from nat_models.engine.run_folder import read_results
 
 sys.path.insert(0, str(REPOSITORY / "benchmarks"))
 from kill_and_resume import SETTINGS, differences  # noqa: E402
@@ -192,6 +195,7 @@ def test_auto_finds_the_newest_unfinished_run_with_these_settings(tmp_path, refe
     for other in ([], ["seed=1"]):
         assert command_in_child(tmp_path, *SMALL, *other, prepare=kill) == -signal.SIGKILL
     unfinished, _ = runs = sorted((tmp_path / "runs" / "none").iterdir())
+    (unfinished / "results.json").write_text('{"epoch": 1, "met')  # which is none
     assert command_in_child(tmp_path, *SMALL, "ckpt_path=auto") == 0
     assert f"going on from {unfinished}/checkpoints/last.ckpt (epoch 0, batch 3)" in capfd.readouterr().out
     assert sorted((tmp_path / "runs" / "none").iterdir()) == runs
@@ -202,6 +206,16 @@ def test_auto_finds_the_newest_unfinished_run_with_these_settings(tmp_path, refe
     assert command_in_child(tmp_path, *SMALL, "ckpt_path=auto", prepare=kill) == -signal.SIGKILL
     assert "runs/none holds no unfinished run with these settings; starting anew" in capfd.readouterr().out
     assert len(list((tmp_path / "runs" / "none").iterdir())) == 3
+
+
+def test_pretrained_weights_are_read_only_once(tmp_path):
+    base = tmp_path / "base.pth"
+    torch.save(timm.create_model("test_vit", img_size=32).state_dict(), base)
+    settings = [*SMALL, "model.pretrained=true", f"+model.model_kwargs.pretrained_cfg_overlay={{file: {base}}}"]
+    kill = at_call(6, ClassificationModule, "training_step")
+    assert in_child(tmp_path / "run", *settings, prepare=kill) == -signal.SIGKILL
+    base.unlink()
+    assert in_child(tmp_path / "run", *settings, "ckpt_path=auto") == 0
 
 
 def test_loggers_elsewhere_go_on_with_their_runs(tmp_path, reference):
@@ -283,6 +297,33 @@ def test_preempted_outside_of_training(tmp_path):
     assert in_child(tmp_path / "run", *SMALL, prepare=prepare) == 75
 
 
+def full_disk(*arguments: object) -> None:
+    raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+
+@pytest.mark.parametrize(
+    ("action", "status"),
+    [(lambda *_: os.kill(os.getpid(), signal.SIGTERM), 75), (full_disk, 2)],
+    ids=["signal", "full"],
+)
+def test_stopped_while_the_report_is_written(tmp_path, capfd, action, status):
+    run_dir = tmp_path / "run"
+    settings = [*SMALL, "trainer.max_epochs=2"]
+
+    def report(prepare: Callable[[], None]) -> int:
+        def main() -> None:
+            importlib.import_module("train").save_evaluation = evaluation.save_evaluation  # which `forked` leaves out
+            train(compose_train(run_dir, *settings, "ckpt_path=auto"))
+
+        return forked(main, prepare)
+
+    assert report(lambda: setattr(evaluation, "plot_mistakes", action)) == status
+    assert capfd.readouterr().err.splitlines()[-1:] == (["error: [Errno 28] No space left on device"] * (status == 2))
+    assert not (run_dir / "results.json").exists()
+    assert report(lambda: None) == 0
+    assert read_results(run_dir)["epoch"] in (1, 2)
+
+
 def test_damaged_checkpoints(tmp_path, reference, capfd):
     run_dir = tmp_path / "run"
     assert in_child(run_dir, *SMALL, prepare=at_call(18, ClassificationModule, "training_step")) == -signal.SIGKILL
@@ -305,6 +346,27 @@ def test_damaged_checkpoints(tmp_path, reference, capfd):
     for read in (read_checkpoint, read_file, VerifiedCheckpointIO().load_checkpoint):
         with pytest.raises(ValueError, match="is damaged: its content is not that of its checksum"):
             read(previous)
+
+
+def test_damaged_best_checkpoint(tmp_path, capfd):
+    folder = tmp_path / "run" / "checkpoints"
+
+    def damaged(*names: str) -> Callable[[], None]:
+        return at_call(1, ClassificationModule, "on_fit_end", lambda *_: [damage(folder / name) for name in names])
+
+    assert in_child(tmp_path / "run", *SMALL, prepare=damaged("best.ckpt")) == 0
+    output = capfd.readouterr().out
+    assert f"'{folder}/best.ckpt' is damaged: its content is not that of its checksum; the score is that of" in output
+    assert f"{folder}/last.ckpt (epoch 3), not of the best epoch" in output and "Last checkpoint (epoch 3)" in output
+    (folder / "best.ckpt").unlink()
+    assert in_child(tmp_path / "run", *SMALL, "ckpt_path=auto", prepare=damaged("last.ckpt")) == 0
+    output = capfd.readouterr().out
+    assert f"there is no checkpoint '{folder}/best.ckpt'; '{folder}/last.ckpt' is damaged" in output
+    assert f"{folder}/previous.ckpt (epoch 2), not of the best epoch" in output
+    prepare = damaged("last.ckpt", "previous.ckpt")
+    damage(folder / "last.ckpt")  # which makes it whole again
+    assert in_child(tmp_path / "run", *SMALL, "ckpt_path=auto", prepare=prepare) == 2
+    assert capfd.readouterr().err.splitlines()[-1].startswith("error: no checkpoint is left to evaluate: there is no")
 
 
 def damage(path: Path) -> None:

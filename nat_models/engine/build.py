@@ -75,7 +75,10 @@ def build_trainer(cfg: DictConfig) -> lightning.Trainer:
 
 
 def build_module(cfg: DictConfig, datamodule: DataModule, trainer: lightning.Trainer) -> ClassificationModule:
-    """The module of `cfg.model` and `cfg.optim`, for the classes of the data and the effective batch of the trainer."""
+    """The module of `cfg.model` and `cfg.optim`, for the classes of the data and the effective batch of the trainer.
+
+    With `cfg.ckpt_path`, from which all weights will come, pretrained ones are not read.
+    """
     if datamodule.batch_size % 2 and cfg.model.mixup is not None:
         raise ValueError(f"data.batch_size must be even with model.mixup, got {datamodule.batch_size}")
     if cfg.model.pretrained and (missing := OmegaConf.missing_keys(cfg.model)):
@@ -88,7 +91,7 @@ def build_module(cfg: DictConfig, datamodule: DataModule, trainer: lightning.Tra
             f"optim.schedule.cooldown_epochs={after}"
         )
     return ClassificationModule(
-        **plain(cfg.model),
+        **(plain(cfg.model) | ({"pretrained": False} if cfg.ckpt_path is not None else {})),
         num_classes=len(datamodule.classes),
         class_names=datamodule.classes,
         in_chans=datamodule.in_chans,

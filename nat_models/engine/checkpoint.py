@@ -9,6 +9,7 @@ import torch
 from lightning.pytorch.callbacks import ModelCheckpoint
 
 from nat_models.checksums import check_checksum
+from nat_models.engine.checkpoint_io import PREVIOUS
 from nat_models.engine.classification import ClassificationModule
 from nat_models.engine.errors import message_of
 from nat_models.engine.last_checkpoint import LastCheckpoint
@@ -65,12 +66,27 @@ def check_unfinished(path: str | Path, trainer: lightning.Trainer) -> None:
         )
 
 
-def best_checkpoint(trainer: lightning.Trainer) -> Path:
-    """The best checkpoint that `fit` wrote, or the last where none was measured."""
+def best_checkpoint(trainer: lightning.Trainer) -> tuple[Path, str | None]:
+    """The best checkpoint that `fit` wrote, or the last where none was measured.
+
+    Where it is damaged or missing, the last whole one takes its place, and a sentence says so.
+
+    Raises:
+        ValueError: none is whole.
+    """
     callbacks: list[Any] = trainer.callbacks  # type: ignore[attr-defined]
     best = [callback.best_model_path for callback in callbacks if isinstance(callback, ModelCheckpoint)]
     last = [callback.path.resolve() for callback in callbacks if isinstance(callback, LastCheckpoint)]
-    return next(Path(path) for path in best + last if path)
+    failures: list[str] = []
+    for path in [*(Path(path) for path in best if path), *last, *(path.with_name(PREVIOUS) for path in last)]:
+        try:
+            epoch = Position.of(read_checkpoint(path)).epoch
+        except (ValueError, OSError) as error:
+            failures.append(message_of(error))
+            continue
+        why = f"{'; '.join(failures)}; the score is that of {path} (epoch {epoch}), not of the best epoch"
+        return path, why if failures else None
+    raise ValueError(f"no checkpoint is left to evaluate: {'; '.join(failures) or 'none was written'}")
 
 
 def find_run(path: str | Path) -> tuple[Path, Path]:

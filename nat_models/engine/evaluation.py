@@ -13,6 +13,7 @@ from nat_models.data import DataModule, UndecodableImageError
 from nat_models.engine.callbacks import PredictionRecorder
 from nat_models.engine.checkpoint import read_checkpoint
 from nat_models.engine.classification import ClassificationModule
+from nat_models.engine.files import replace_file
 from nat_models.engine.plots import plot_confusion, plot_mistakes, plot_per_class
 from nat_models.engine.position import Position
 from nat_models.engine.progress import TrainingProgress
@@ -48,10 +49,11 @@ def evaluate(checkpoint: str | Path, datamodule: DataModule, trainer_config: dic
         trainer_config: arguments of `lightning.Trainer`; those that concern training are left out.
 
     Raises:
+        FileNotFoundError, ValueError: the checkpoint cannot be read, or is damaged.
         UndecodableImageError: a validation image cannot be decoded, or a streamed dataset left some out.
     """
+    epoch = Position.of(read_checkpoint(checkpoint)).epoch  # first: it checks the file
     module, class_names = load_classifier(checkpoint)
-    epoch = Position.of(read_checkpoint(checkpoint)).epoch
     predictions = PredictionRecorder()
     trainer = lightning.Trainer(
         **instantiate({key: trainer_config[key] for key in EVALUATION_TRAINER_KEYS if key in trainer_config}),
@@ -76,7 +78,7 @@ def load_classifier(checkpoint: str | Path) -> tuple[ClassificationModule, list[
 
 
 def save_evaluation(evaluation: Evaluation, folder: Path, datamodule: DataModule, record: dict[str, Any]) -> None:
-    """Writes `results.json`, `per_class.csv`, `predictions.csv` (of videos), and pictures.
+    """Writes `per_class.csv`, `predictions.csv` (of videos), pictures, and, when all are there, `results.json`.
 
     Args:
         evaluation: of `evaluate`.
@@ -87,8 +89,6 @@ def save_evaluation(evaluation: Evaluation, folder: Path, datamodule: DataModule
     folder.mkdir(parents=True, exist_ok=True)
     counts = evaluation.predictions.label_counts
     record = record | ({"excluded": evaluation.excluded} if evaluation.excluded else {})
-    summary = record | {"epoch": evaluation.epoch, "images": int(counts[:, 0].sum()), "metrics": evaluation.metrics}
-    (folder / "results.json").write_text(json.dumps(summary, indent=2) + "\n")
     with open(folder / "per_class.csv", "w", newline="", encoding="utf-8") as file:
         writer = csv.writer(file)
         writer.writerow(["label", "class", "images", "correct", "accuracy"])
@@ -113,3 +113,5 @@ def save_evaluation(evaluation: Evaluation, folder: Path, datamodule: DataModule
         datamodule.std,
         folder / "misclassified.png",
     )
+    summary = record | {"epoch": evaluation.epoch, "images": int(counts[:, 0].sum()), "metrics": evaluation.metrics}
+    replace_file(folder / "results.json", (json.dumps(summary, indent=2) + "\n").encode())

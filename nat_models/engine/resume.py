@@ -18,6 +18,7 @@ from nat_models.engine.csv_logger import drop_rows
 from nat_models.engine.errors import message_of
 from nat_models.engine.files import remove_temporaries
 from nat_models.engine.position import Position
+from nat_models.engine.run_folder import read_results
 
 AUTO = "auto"
 LOGGER_IDS = {"WandbLogger": "id", "MLFlowLogger": "run_id"}  # their arguments
@@ -107,6 +108,7 @@ def continue_run(
         claim_folder(run_dir)
         for folder in (run_dir, run_dir / "csv", run_dir / "checkpoints"):
             remove_temporaries(folder)
+        (run_dir / "results.json").unlink(missing_ok=True)  # of before, when the run was to be shorter
         for path in (run_dir / "csv" / "metrics.csv", run_dir / "skipped_steps.csv"):
             drop_rows(path, position.step)
 
@@ -129,7 +131,7 @@ def _newest_run(runs: Path, digest: str) -> Path | None:
     candidates = sorted(runs.glob("**/manifest.json"), key=lambda path: path.stat().st_mtime, reverse=True)
     for manifest in candidates:
         run_dir = manifest.parent
-        unfinished = _checkpoints(run_dir) and not (run_dir / "results.json").exists()
+        unfinished = _checkpoints(run_dir) and read_results(run_dir) is None
         if unfinished and json.loads(manifest.read_text()).get("config_digest") == digest:
             return run_dir
     return None
