@@ -25,7 +25,7 @@ from nat_models.engine.evaluation import evaluate, save_evaluation
 from nat_models.engine.files import remove_if_empty
 from nat_models.engine.plots import plot_curves
 from nat_models.engine.report import print_setup, print_table, result_rows
-from nat_models.engine.resume import choose_run, config_digest, continue_run
+from nat_models.engine.resume import choose_run, config_digest, continue_run, finished_run
 from nat_models.engine.run_folder import hydra_folder, record_run
 
 
@@ -35,6 +35,10 @@ def main(cfg: DictConfig) -> float:
     made_by_hydra = hydra_folder(cfg)
     with exit_on(SETUP_ERRORS, made_by_hydra):
         prepare_process(cfg)
+        if (finished := finished_run(cfg)) is not None:
+            remove_if_empty(made_by_hydra)
+            print(f"ckpt_path=auto: {finished[0]} is finished")
+            return finished[1][cfg.optimized_metric]
         digest = config_digest(cfg)
         going_on = choose_run(cfg)
         run_dir = Path(cfg.run_dir)

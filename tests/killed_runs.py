@@ -208,6 +208,16 @@ def test_auto_finds_the_newest_unfinished_run_with_these_settings(tmp_path, refe
     assert len(list((tmp_path / "runs" / "none").iterdir())) == 3
 
 
+def test_a_sweep_that_is_repeated_leaves_out_what_is_finished(tmp_path, capfd):
+    sweep = ["-m", *SMALL, "ckpt_path=auto"]
+    assert command_in_child(tmp_path, *sweep) == 0
+    (run_dir,) = tmp_path.glob("runs/none/*/0")
+    (run_dir / "results.json").write_text('{"metrics": {"val/top1": 0.5}}')
+    assert command_in_child(tmp_path, *sweep) == 0
+    assert f"ckpt_path=auto: {run_dir} is finished" in capfd.readouterr().out
+    assert list(tmp_path.glob("runs/none/*/0")) == [run_dir]
+
+
 def test_pretrained_weights_are_read_only_once(tmp_path):
     base = tmp_path / "base.pth"
     torch.save(timm.create_model("test_vit", img_size=32).state_dict(), base)
