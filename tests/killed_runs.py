@@ -216,6 +216,23 @@ def test_pretrained_weights_are_read_only_once(tmp_path):
     assert in_child(tmp_path / "run", *settings, "ckpt_path=auto") == 0
 
 
+def test_batch_stays_the_same_within_an_epoch(tmp_path, capfd):
+    kill = at_call(6, ClassificationModule, "training_step")
+    assert in_child(tmp_path / "run", *SMALL, prepare=kill) == -signal.SIGKILL
+    for other, message in [
+        ("data.batch_size=8", "data.batch_size=16 on 1 device(s), but this run's is 8 on 1; it or the product must"),
+        ("trainer.accumulate_grad_batches=2", "trainer.accumulate_grad_batches=1, but this run's is 2; it must stay"),
+    ]:
+        assert in_child(tmp_path / "run", *SMALL, other, "ckpt_path=auto") == 2
+        assert f"was saved within an epoch with {message}" in capfd.readouterr().err
+    kill = at_call(8, ClassificationModule, "training_step")  # in the first step of an epoch
+    assert in_child(tmp_path / "run", *SMALL, "ckpt_path=auto", prepare=kill) == -signal.SIGKILL
+    other = ["data.batch_size=8", "trainer.limit_train_batches=2"]
+    assert in_child(tmp_path / "run", *SMALL, *other, "ckpt_path=auto") == 0
+    (line,) = [line for line in capfd.readouterr().out.splitlines() if line.startswith("epoch 3/3")]
+    assert line.endswith("ETA 0:00:00")
+
+
 def test_loggers_elsewhere_go_on_with_their_runs(tmp_path, reference):
     checkpoint = read_checkpoint(reference("plain") / "checkpoints" / "last.ckpt")
     assert checkpoint["logger_ids"] == {"ContinuedCSVLogger": "", "TensorBoardLogger": ""}

@@ -2,6 +2,7 @@
 
 import signal
 import time
+from dataclasses import asdict
 from pathlib import Path
 from types import FrameType
 from typing import Any
@@ -10,10 +11,11 @@ import lightning
 from lightning.pytorch.callbacks import Callback, ModelCheckpoint
 from lightning.pytorch.loggers import TensorBoardLogger
 
+from nat_models.data import DataModule
 from nat_models.data.workers import PREEMPTION_SIGNALS
 from nat_models.engine.checkpoint_io import LAST, PREVIOUS
 from nat_models.engine.errors import Preempted
-from nat_models.engine.position import Position
+from nat_models.engine.position import Batch, Position
 
 
 class LastCheckpoint(Callback):
@@ -88,6 +90,8 @@ class LastCheckpoint(Callback):
     def on_save_checkpoint(
         self, trainer: lightning.Trainer, pl_module: lightning.LightningModule, checkpoint: dict[str, Any]
     ) -> None:
+        datamodule: DataModule = trainer.datamodule  # type: ignore[attr-defined]
+        checkpoint["batch"] = asdict(Batch.of(trainer, datamodule))
         checkpoint["logger_ids"] = {type(logger).__name__: logger.version for logger in trainer.loggers}
         if self._to_save is not None:
             checkpoint["epoch"] = self._to_save["epoch"]
