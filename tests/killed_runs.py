@@ -228,6 +228,23 @@ def test_pretrained_weights_are_read_only_once(tmp_path):
     assert in_child(tmp_path / "run", *settings, "ckpt_path=auto") == 0
 
 
+def test_batch_stays_the_same_within_an_epoch(tmp_path, capfd):
+    kill = at_call(6, ClassificationModule, "training_step")
+    assert in_child(tmp_path / "run", *SMALL, prepare=kill) == -signal.SIGKILL
+    for other, message in [
+        ("data.batch_size=8", "data.batch_size=16 on 1 device(s), but this run's is 8 on 1; it or the product must"),
+        ("trainer.accumulate_grad_batches=2", "trainer.accumulate_grad_batches=1, but this run's is 2; it must stay"),
+    ]:
+        assert in_child(tmp_path / "run", *SMALL, other, "ckpt_path=auto") == 2
+        assert f"was saved within an epoch with {message}" in capfd.readouterr().err
+    kill = at_call(8, ClassificationModule, "training_step")  # in the first step of an epoch
+    assert in_child(tmp_path / "run", *SMALL, "ckpt_path=auto", prepare=kill) == -signal.SIGKILL
+    other = ["data.batch_size=8", "trainer.limit_train_batches=2"]
+    assert in_child(tmp_path / "run", *SMALL, *other, "ckpt_path=auto") == 0
+    (line,) = [line for line in capfd.readouterr().out.splitlines() if line.startswith("epoch 3/3")]
+    assert line.endswith("ETA 0:00:00")
+
+
 def test_loggers_elsewhere_go_on_with_their_runs(tmp_path, reference):
     checkpoint = read_checkpoint(reference("plain") / "checkpoints" / "last.ckpt")
     assert checkpoint["logger_ids"] == {"ContinuedCSVLogger": "", "TensorBoardLogger": ""}
@@ -458,4 +475,24 @@ def test_too_many_non_finite_steps_end_the_run(tmp_path, capfd):
     assert in_child(run_dir, *SMALL, "callbacks.non_finite.max_consecutive=1", prepare=prepare) == 2
     error = capfd.readouterr().err.splitlines()[-1]
     assert error.startswith("error: the loss or the gradient was not finite in 2 steps in a row and 2 in all;")
-    assert f"the last good checkpoint is {run_dir}/checkpoints/last.ckpt; {run_dir}/skipped_steps.csv lists" in error
+    good = f"the last good checkpoint is {run_dir}/checkpoints/last.ckpt, of step 6"
+    assert f"{good}; {run_dir}/skipped_steps.csv lists" in error
+
+
+def test_no_checkpoint_is_replaced_while_steps_are_skipped(tmp_path, reference, capfd):
+    settings = [*SMALL, "callbacks.last.every_n_train_steps=1", "callbacks.non_finite.max_consecutive=5"]
+    last, previous = (tmp_path / "run" / "checkpoints" / name for name in ("last.ckpt", "previous.ckpt"))
+
+    def stop_while_skipping() -> None:
+        at_call(8, ClassificationModule, "training_step", poison, ever_after=True)()
+        at_call(12, ClassificationModule, "training_step", lambda *_: os.kill(os.getpid(), signal.SIGTERM))()
+
+    assert in_child(tmp_path / "run", *settings, prepare=stop_while_skipping) == 75  # in the second epoch
+    assert "stopped by SIGTERM after step 12, which is left out, so that nothing is saved" in capfd.readouterr().out
+    diverged = at_call(1, ClassificationModule, "training_step", poison, ever_after=True)
+    assert in_child(tmp_path / "run", *settings, "ckpt_path=auto", prepare=diverged) == 2
+    error = capfd.readouterr().err.splitlines()[-1]
+    assert "in 6 steps in a row and 6 in all" in error and f"the last good checkpoint is {previous}, of step 6" in error
+    assert [Position.of(read_checkpoint(path)).step for path in (last, previous)] == [7, 6]
+    assert in_child(tmp_path / "run", *settings, "ckpt_path=auto") == 0
+    assert differences(reference("plain"), tmp_path / "run") == []

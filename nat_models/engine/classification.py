@@ -91,6 +91,7 @@ class ClassificationModule(lightning.LightningModule):
             if not pretrained:
                 raise
             raise ValueError(f"model.pretrained=true: {' '.join(str(error).split())}") from error
+        self._start = Position(0, 0, 0)
         self.mixup = Mixup(num_classes, label_smoothing=label_smoothing, **mixup) if mixup else None
         self.label_smoothing = label_smoothing
         self.distillation = Distillation(num_classes, in_chans, **distillation) if distillation else None
@@ -208,7 +209,13 @@ class ClassificationModule(lightning.LightningModule):
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
 
     def lr_scheduler_step(self, scheduler: Any, metric: Any) -> None:
-        scheduler.step_update(self.global_step)
+        scheduler.step_update(self._schedule_step())
+
+    def steps_left(self) -> int:
+        """Optimiser steps from here to the end of training, 0 where it has none."""
+        max_epochs, max_steps = self.trainer.max_epochs or -1, self.trainer.max_steps
+        ends = [max_epochs * self._steps_per_epoch() - self._schedule_step()] if max_epochs > 0 else []
+        return min(ends + ([max_steps - self.global_step] if max_steps >= 0 else []), default=0)
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         reduce = self.trainer.strategy.reduce
@@ -220,14 +227,23 @@ class ClassificationModule(lightning.LightningModule):
         }
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        self._start = Position.of(checkpoint)
         # The sums of all ranks go on in the first one; those of a finished epoch are of no more use.
-        if "train_metrics" in checkpoint and Position.of(checkpoint).batch and self.global_rank == 0:
+        if "train_metrics" in checkpoint and self._start.batch and self.global_rank == 0:
             for name, states in checkpoint["train_metrics"].items():
                 metric = getattr(self, name)
                 for key, state in states.items():
                     setattr(metric, key, state.to(metric.device))
-        # The learning rate is a function of the step and this run's settings alone, so a longer run can be resumed.
+        # The learning rate is a function of the position and this run's settings alone, so a longer run can be resumed.
         checkpoint["lr_schedulers"] = []
+
+    def _schedule_step(self) -> int:
+        """Steps that would have been done here if the run had always had as many an epoch as now.
+
+        Another effective batch before the checkpoint that it goes on from has made it more or fewer.
+        """
+        before = self._start.epoch * self._steps_per_epoch() + self._start.batch // self.trainer.accumulate_grad_batches
+        return before + self.global_step - self._start.step
 
     def _steps_per_epoch(self) -> int:
         self.trainer.estimated_stepping_batches  # noqa: B018  loads the training data, which sets num_training_batches
