@@ -49,7 +49,7 @@ def main(cfg: DictConfig) -> float:
             print(going_on, flush=True)
 
     start = time.monotonic()
-    with exit_on(RUN_ERRORS):
+    with exit_on(RUN_ERRORS, run_dir):
         trainer.fit(module, datamodule, ckpt_path=cfg.ckpt_path, weights_only=True)
         seconds = time.monotonic() - start
         checkpoint = best_checkpoint(trainer)

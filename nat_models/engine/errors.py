@@ -40,12 +40,20 @@ SETUP_ERRORS: tuple[type[Exception], ...] = (
     OmegaConfBaseException,
 )
 DATA_ERRORS: tuple[type[Exception], ...] = (UndecodableImageError, VideoError)
-RUN_ERRORS: tuple[type[Exception], ...] = (*DATA_ERRORS, NonFiniteStepsError, CheckpointWriteError, OSError)
+RUN_ERRORS: tuple[type[Exception], ...] = (
+    *DATA_ERRORS,
+    NonFiniteStepsError,
+    CheckpointWriteError,
+    MisconfigurationException,  # some of Lightning's checks need the length of the data
+    OSError,
+)
 
 
 @contextmanager
 def exit_on(error_types: tuple[type[Exception], ...], run_dir: Path | None = None) -> Iterator[None]:
     """Turns errors of these types into `error: ...` on stderr and exit status 2, and removes `run_dir` if it is empty.
+
+    With `run_dir`, an OSError that names no file, as that of a full disk, names this folder.
 
     A training that diverges fails alone where it is one of a sweep. A run that is preempted ends with status 75, at
     once where it has no handlers of its own for the signals.
@@ -63,7 +71,10 @@ def exit_on(error_types: tuple[type[Exception], ...], run_dir: Path | None = Non
         if run_dir is not None:
             with suppress(OSError):
                 run_dir.rmdir()
-        print(f"error: {message_of(error)}", file=sys.stderr, flush=True)
+        message = message_of(error)
+        if run_dir is not None and isinstance(error, OSError) and error.filename is None:  # of a full disk, say
+            message += f"; the run folder is {run_dir}"
+        print(f"error: {message}", file=sys.stderr, flush=True)
         if isinstance(error, NonFiniteStepsError) and _in_sweep():
             raise  # to Hydra, for which this training failed; the others go on
         raise SystemExit(2) from None
