@@ -212,6 +212,7 @@ def test_weights_of_timms_own_models_must_fit(tmp_path):
 def test_smoke_run_on_fake_data(tmp_path):
     overrides = ["data=fake", "model.model_name=test_resnet", "trainer.accelerator=cpu", "debug=smoke"]
     train(compose_train(tmp_path, "experiment=none", *overrides, "optim.base_batch=null", "callbacks=ema"))
+    assert json.loads((tmp_path / "results.json").read_text())["images"] == 2 * 8
     cfg = OmegaConf.load(tmp_path / "config.yaml")
     assert (cfg.data.img_size, cfg.data.crop_pct) == ([160, 160], 0.95)  # what timm says of test_resnet
 
