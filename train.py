@@ -57,7 +57,7 @@ def main(cfg: DictConfig) -> float:
             print(going_on, flush=True)
 
     start = time.monotonic()
-    with exit_on(RUN_ERRORS):
+    with exit_on(RUN_ERRORS, run_dir):
         trainer.fit(module, datamodule, ckpt_path=cfg.ckpt_path, weights_only=True)
         seconds = time.monotonic() - start
         with exit_on(SETUP_ERRORS):  # a file that is damaged, as one to begin from

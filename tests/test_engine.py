@@ -1,5 +1,6 @@
 """The Lightning module: parameter groups, schedule, accumulation, averaging, resuming, metrics, checkpoints."""
 
+import errno
 import hashlib
 import json
 import math
@@ -24,7 +25,7 @@ from nat_models.engine.build import quiet_lightning
 from nat_models.engine.callbacks import Mistake, PredictionRecorder
 from nat_models.engine.checkpoint import check_resumable, check_unfinished, find_checkpoint, read_checkpoint
 from nat_models.engine.classification import COMPILE_MODES, ClassificationModule
-from nat_models.engine.errors import NonFiniteStepsError, exit_on
+from nat_models.engine.errors import RUN_ERRORS, NonFiniteStepsError, exit_on
 from nat_models.engine.evaluation import evaluate
 from nat_models.engine.non_finite import SkipNonFiniteSteps
 from nat_models.engine.plots import plot_batch, plot_confusion, plot_curves, plot_mistakes, plot_per_class
@@ -203,6 +204,13 @@ def test_metrics_agree_with_scikit_learn():
 def test_top5_needs_more_than_five_classes():
     assert "top5" not in ClassificationModule("test_vit", 5, model_kwargs={"img_size": 32}).val_metrics
     assert "top5" in ClassificationModule("test_vit", 6, model_kwargs={"img_size": 32}).val_metrics
+
+
+def test_a_full_disk_is_named_with_the_run_folder(tmp_path, capsys):
+    with pytest.raises(SystemExit, match="2"), exit_on(RUN_ERRORS, tmp_path):
+        raise OSError(errno.ENOSPC, "No space left on device")
+    message = f"error: [Errno 28] No space left on device; the run folder is {tmp_path}\n"
+    assert capsys.readouterr().err == message
 
 
 def test_non_finite_loss_stops_training(tmp_path):

@@ -5,7 +5,7 @@ from typing import Any
 import lightning
 import timm
 import torch
-from timm.optim import create_optimizer_v2
+from timm.optim import create_optimizer_v2, list_optimizers
 from timm.scheduler import create_scheduler_v2
 from torch import Tensor
 from torch.distributed.fsdp import FSDPModule
@@ -20,11 +20,14 @@ from nat_models.engine.distillation import Distillation
 from nat_models.engine.position import Position
 from nat_models.engine.sharding import shard
 from nat_models.names import check_model_name
+from nat_models.settings import check_choice, check_number, check_settings
 
 LEAST_SHARE = 0.95
 TRAIN_METRICS = ("train_loss", "train_top1")
 COMPILE_MODES = ("default", "reduce-overhead", "max-autotune", "max-autotune-no-cudagraphs")
 """Of `torch.compile`."""
+SCHEDULES = ("cosine", "tanh", "step", "multistep", "poly", "wsd", "rsqrt", "constant")
+"""Those of timm that step once an optimiser step."""
 
 
 class ClassificationModule(lightning.LightningModule):
@@ -56,8 +59,8 @@ class ClassificationModule(lightning.LightningModule):
             CUDA graphs, which pays where the host cannot launch kernels as fast as the GPU runs them.
 
     Raises:
-        ValueError: unknown model name (with the nearest ones), arguments that the model does not take, weights that do
-            not fit, or unknown way to compile.
+        ValueError: unknown model name (with the nearest ones), arguments that the model, `Mixup` or `Distillation` does
+            not take, weights that do not fit, or unknown way to compile.
     """
 
     def __init__(
@@ -78,6 +81,10 @@ class ClassificationModule(lightning.LightningModule):
     ) -> None:
         if not isinstance(compile, bool) and compile not in COMPILE_MODES:
             raise ValueError(f"model.compile={compile}: must be true, false or one of {', '.join(COMPILE_MODES)}")
+        check_number("model.label_smoothing", label_smoothing, 0, 1)
+        check_settings("model.mixup", mixup or {}, Mixup, given=("num_classes", "label_smoothing"))
+        if distillation:
+            check_settings("model.distillation", distillation, Distillation, given=("num_classes", "in_chans"))
         super().__init__()
         self.save_hyperparameters(ignore=["pretrained", "from_scratch", "distillation"])
         check_model_name(model_name)
@@ -192,21 +199,36 @@ class ClassificationModule(lightning.LightningModule):
         return probabilities.unflatten(0, views.shape[:2]).mean(dim=1).log().float()
 
     def configure_optimizers(self) -> Any:
-        settings = dict(self.hparams["optimizer"] or {"opt": "adamw"})
-        factor = settings.pop("backbone_lr_factor", 1.0)
-        optimizer = create_optimizer_v2(self.model, **settings)
-        if factor != 1.0:
-            model: Any = self.model
-            _scale_backbone(optimizer, model.get_classifier(), factor)
-        schedule = dict(self.hparams["schedule"] or {"sched": "constant"})
-        scheduler, _ = create_scheduler_v2(
-            optimizer,
-            num_epochs=(self.trainer.max_epochs or 0) - schedule.get("cooldown_epochs", 0),
-            step_on_epochs=False,
-            updates_per_epoch=self._steps_per_epoch(),
-            **schedule,
-        )
+        optimizer, scheduler = self.build_optimizer(self.trainer.max_epochs or 0, self._steps_per_epoch())
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
+
+    def build_optimizer(self, max_epochs: int, steps_per_epoch: int) -> tuple[torch.optim.Optimizer, Any]:
+        """The optimiser of the model and its schedule; ValueError if their settings do not fit."""
+        settings = dict(self.hparams["optimizer"] or {"opt": "adamw"})
+        if "opt" in settings:
+            name = str(settings["opt"]).lower().removeprefix("lookahead_")
+            check_choice("optim.optimizer.opt", name, [str(known) for known in list_optimizers()])
+        check_settings("optim.optimizer", settings, create_optimizer_v2, given=("model_or_params",))
+        schedule = dict(self.hparams["schedule"] or {"sched": "constant"})
+        check_choice("optim.schedule.sched", schedule.get("sched", "cosine"), SCHEDULES)
+        where = f"optim.optimizer={settings}"
+        try:
+            factor = settings.pop("backbone_lr_factor", 1.0)
+            optimizer = create_optimizer_v2(self.model, **settings)
+            if factor != 1.0:
+                model: Any = self.model
+                _scale_backbone(optimizer, model.get_classifier(), factor)
+            where = f"optim.schedule={schedule}"
+            scheduler, _ = create_scheduler_v2(
+                optimizer,
+                num_epochs=max_epochs - schedule.get("cooldown_epochs", 0),
+                step_on_epochs=False,
+                updates_per_epoch=steps_per_epoch,
+                **schedule,
+            )
+        except (AssertionError, ImportError, TypeError, ValueError) as error:
+            raise ValueError(f"{where}: {' '.join(str(error).split())}") from error
+        return optimizer, scheduler
 
     def lr_scheduler_step(self, scheduler: Any, metric: Any) -> None:
         scheduler.step_update(self._schedule_step())
