@@ -168,7 +168,7 @@ def test_steps_compile() -> None:
 def test_steps_compile_twice_for_frames_and_a_few_times_for_chunks() -> None:
     """Frames add a map or none; chunks of any length share their graphs."""
     model, clip = small(depths=(1,), num_heads=(1,)), clips(1, 3, 50, 32, 32)
-    for chunks, dynamic, most in (([1] * 6, False, 2), ([2, 3, 4, 5, 7, 8, 9, 12], True, 4)):
+    for chunks, dynamic, most in (([1] * 4, False, 2), ([2, 3, 5, 4, 6], True, 4)):
         torch.compiler.reset()
         graphs = CompileCounterWithBackend("aot_eager")
         step = torch.compile(model.step, backend=graphs, fullgraph=True, dynamic=dynamic)
