@@ -2,11 +2,13 @@
 
 import inspect
 import json
+import re
 
 import lightning
 import pytest
 import timm
 import torch
+from hydra.errors import InstantiationException
 from hydra.utils import get_object
 from omegaconf import OmegaConf
 from safetensors.torch import save_file
@@ -29,6 +31,7 @@ from nat_models.engine.build import (
     quiet_lightning,
 )
 from nat_models.engine.classification import ClassificationModule
+from nat_models.engine.errors import message_of
 
 EXPERIMENTS = REPOSITORY / "configs" / "experiment"
 IMAGENET = sorted(path.stem for path in (EXPERIMENTS / "imagenet").glob("*.yaml"))
@@ -264,9 +267,10 @@ MISTAKES = {
 @pytest.mark.parametrize("override", MISTAKES)
 def test_mistakes_in_settings_are_named_before_there_is_a_run_folder(tmp_path, override):
     cfg = compose_train(tmp_path / "run", "trainer.accelerator=cpu", override)
-    with pytest.raises(ValueError, match=MISTAKES[override]):
+    with pytest.raises((ValueError, InstantiationException)) as mistake:
         prepare_process(cfg)
         build_module(cfg, build_datamodule(cfg), build_trainer(cfg))
+    assert re.search(MISTAKES[override], message_of(mistake.value))
     assert not (tmp_path / "run").exists()
 
 
