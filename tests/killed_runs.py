@@ -345,7 +345,8 @@ def test_stopped_while_the_report_is_written(tmp_path, capfd, action, status):
         return forked(main, prepare)
 
     assert report(lambda: setattr(evaluation, "plot_mistakes", action)) == status
-    assert capfd.readouterr().err.splitlines()[-1:] == (["error: [Errno 28] No space left on device"] * (status == 2))
+    message = f"error: [Errno 28] No space left on device; the run folder is {run_dir}"
+    assert capfd.readouterr().err.splitlines()[-1:] == [message] * (status == 2)
     assert not (run_dir / "results.json").exists()
     assert report(lambda: None) == 0
     assert read_results(run_dir)["epoch"] in (1, 2)
