@@ -3,7 +3,6 @@
 Writes `results.json`, `per_class.csv` and plots to `FOLDER/evaluation/CHECKPOINT/`.
 """
 
-import json
 from pathlib import Path
 
 import hydra
@@ -15,6 +14,7 @@ from nat_models.engine.checkpoint import find_checkpoint, read_checkpoint
 from nat_models.engine.errors import RUN_ERRORS, SETUP_ERRORS, exit_on
 from nat_models.engine.evaluation import evaluate, save_evaluation
 from nat_models.engine.report import metric_rows, print_table
+from nat_models.engine.run_folder import read_results
 
 
 @hydra.main(version_base="1.3", config_path="configs", config_name="eval")
@@ -31,14 +31,13 @@ def main(cfg: DictConfig) -> None:
 
     with exit_on(RUN_ERRORS):
         evaluation = evaluate(checkpoint, datamodule, plain(run_cfg.trainer))
-
-    if torch.distributed.is_initialized() and torch.distributed.get_rank() != 0:
-        return
-    output_dir = Path(cfg.output_dir or run_dir / "evaluation" / checkpoint.stem)
-    save_evaluation(evaluation, output_dir, datamodule, {"checkpoint": str(checkpoint)})
+        if torch.distributed.is_initialized() and torch.distributed.get_rank() != 0:
+            return
+        output_dir = Path(cfg.output_dir or run_dir / "evaluation" / checkpoint.stem)
+        save_evaluation(evaluation, output_dir, datamodule, {"checkpoint": str(checkpoint)})
     rows = {"Checkpoint": f"{checkpoint}, epoch {evaluation.epoch}"}
     rows |= metric_rows(evaluation.metrics, evaluation.excluded)
-    recorded = json.loads((run_dir / "results.json").read_text()) if (run_dir / "results.json").exists() else {}
+    recorded = read_results(run_dir) or {}
     if (run_dir / recorded.get("checkpoint", "")).resolve() == checkpoint.resolve():
         top1 = recorded["metrics"]["val/top1"]
         verdict = "the same" if top1 == evaluation.metrics["val/top1"] else f"DIFFERENT: {100 * top1:.4f} %"

@@ -25,7 +25,7 @@ from nat_models.engine.evaluation import evaluate, save_evaluation
 from nat_models.engine.files import remove_if_empty
 from nat_models.engine.plots import plot_curves
 from nat_models.engine.report import print_setup, print_table, result_rows
-from nat_models.engine.resume import choose_run, config_digest, continue_run
+from nat_models.engine.resume import choose_run, config_digest, continue_run, finished_run
 from nat_models.engine.run_folder import hydra_folder, record_run
 
 
@@ -35,6 +35,10 @@ def main(cfg: DictConfig) -> float:
     made_by_hydra = hydra_folder(cfg)
     with exit_on(SETUP_ERRORS, made_by_hydra):
         prepare_process(cfg)
+        if (finished := finished_run(cfg)) is not None:
+            remove_if_empty(made_by_hydra)
+            print(f"ckpt_path=auto: {finished[0]} is finished")
+            return finished[1][cfg.optimized_metric]
         digest = config_digest(cfg)
         going_on = choose_run(cfg)
         run_dir = Path(cfg.run_dir)
@@ -53,27 +57,29 @@ def main(cfg: DictConfig) -> float:
             print(going_on, flush=True)
 
     start = time.monotonic()
-    with exit_on(RUN_ERRORS):
+    with exit_on(RUN_ERRORS, run_dir):
         trainer.fit(module, datamodule, ckpt_path=cfg.ckpt_path, weights_only=True)
         seconds = time.monotonic() - start
-        checkpoint = best_checkpoint(trainer)
+        with exit_on(SETUP_ERRORS):  # a file that is damaged, as one to begin from
+            checkpoint, instead_of_best = best_checkpoint(trainer)
+        if instead_of_best is not None and trainer.is_global_zero:
+            print(instead_of_best, flush=True)
         evaluation = evaluate(checkpoint, datamodule, plain(cfg.trainer))
         static = None
         if isinstance(datamodule, VideoDataModule) and datamodule.static_baseline:
             static = evaluate(checkpoint, datamodule.without_motion(), plain(cfg.trainer))
 
+        if trainer.is_global_zero:
+            record: dict[str, Any] = {"checkpoint": str(checkpoint.relative_to(run_dir.resolve()))}
+            record["training_seconds"] = round(seconds, 1)
+            if static is not None:
+                record["top1_without_motion"] = static.metrics["val/top1"]
+            plot_curves(run_dir / "csv" / "metrics.csv", run_dir / "curves.png")
+            save_evaluation(evaluation, run_dir, datamodule, record)  # last: its results.json marks a finished run
+
     if trainer.is_global_zero:
-        record: dict[str, Any] = {
-            "checkpoint": str(checkpoint.relative_to(run_dir.resolve())),
-            "training_seconds": round(seconds, 1),
-        }
-        if static is not None:
-            record["top1_without_motion"] = static.metrics["val/top1"]
-        save_evaluation(evaluation, run_dir, datamodule, record)
-        plot_curves(run_dir / "csv" / "metrics.csv", run_dir / "curves.png")
-        rows = result_rows(evaluation, static, seconds, datamodule) | {"Run folder": str(run_dir)}
         title = f"{checkpoint.stem.capitalize()} checkpoint (epoch {evaluation.epoch}) on the validation split"
-        print_table(title, rows)
+        print_table(title, result_rows(evaluation, static, seconds, datamodule) | {"Run folder": str(run_dir)})
     return evaluation.metrics[cfg.optimized_metric]
 
 

@@ -23,7 +23,7 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
-from timm.models import adapt_input_conv, build_model_with_cfg, resolve_pretrained_cfg
+from timm.models import FeatureHookNet, adapt_input_conv, build_model_with_cfg, resolve_pretrained_cfg
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -101,18 +101,29 @@ def build_model(model_cls: Callable[..., nn.Module], variant: str, pretrained: b
         # The last node of a stage in a traced graph is its downsampling, so the maps would be the next stage's.
         raise ValueError("feature_cls must be 'list', 'dict', 'hook' or 'getter', got 'fx'")
     if not pretrained:
-        return build_model_with_cfg(model_cls, variant, pretrained, **kwargs)
+        return _without_last_downsampling(build_model_with_cfg(model_cls, variant, pretrained, **kwargs))
     cfg = resolve_pretrained_cfg(variant, kwargs.get("pretrained_cfg"), kwargs.get("pretrained_cfg_overlay"))
     source = _source(vars(cfg))
     if cfg.file and not Path(cfg.file).exists():
         raise FileNotFoundError(f"there is no checkpoint {source}")
     try:
-        return build_model_with_cfg(model_cls, variant, pretrained, pretrained_filter_fn=checkpoint_filter_fn, **kwargs)
+        return _without_last_downsampling(
+            build_model_with_cfg(model_cls, variant, pretrained, pretrained_filter_fn=checkpoint_filter_fn, **kwargs)
+        )
     except _UNREADABLE as error:
         if source == cfg.url:
             folder = Path(kwargs.get("cache_dir") or Path(torch.hub.get_dir()) / "checkpoints")
             (folder / Path(urlparse(source).path).name).unlink(missing_ok=True)
         raise ValueError(f"cannot load weights from {source}: {_reason(error)}") from error
+
+
+def _without_last_downsampling(model: nn.Module) -> nn.Module:
+    """A model as timm built it; one that takes features by hooks ends with its last stage, whose output is a map."""
+    if isinstance(model, FeatureHookNet):
+        last = list(model.values())[-1]
+        if getattr(last, "downsample", None) is not None:
+            last.downsample = None  # type: ignore[assignment]
+    return model
 
 
 def build_clip_model(

@@ -25,6 +25,7 @@ from torch import Tensor, nn
 import nat_models  # noqa: F401  registers the models
 from nat_models.checkpoints import adapt_state_dict, infer_sizes, read_file, rename, unwrap
 from nat_models.list import published_models
+from nat_models.names import check_model_name
 
 
 def convert(source: str | Path, target: str | Path, model_name: str | None = None, **model_kwargs: Any) -> nn.Module:
@@ -76,12 +77,12 @@ def convert(source: str | Path, target: str | Path, model_name: str | None = Non
 
 
 def _pretrained_cfg(name: str) -> Any:
-    cfg = timm.get_pretrained_cfg(name)
-    if cfg is None:
-        names = [row["model"] for row in published_models()]
+    names = [row["model"] for row in published_models()]
+    if name.partition(".")[0] not in names:
         nearest = difflib.get_close_matches(name, names, n=3) or names
         raise ValueError(f"there is no model {name!r}; perhaps {', '.join(nearest)}")
-    return cfg
+    check_model_name(name, "model")
+    return timm.get_pretrained_cfg(name)
 
 
 def _name_of_file(source: Path) -> str | None:
@@ -123,7 +124,7 @@ def main(arguments: list[str] | None = None) -> None:
     options = parser.parse_args(arguments)
     try:
         model = convert(options.source, options.target, options.model, **options.model_kwargs)
-    except (ValueError, FileNotFoundError) as error:
+    except (ValueError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         raise SystemExit(2) from None
     print(f"{options.source} -> {options.target}: {model.pretrained_cfg['architecture']}")  # type: ignore[index]

@@ -21,7 +21,7 @@ from timm.models import save_for_hf
 from nat_models.engine.checkpoint import find_run, read_checkpoint
 from nat_models.engine.evaluation import load_classifier
 from nat_models.engine.report import METRIC_TITLES
-from nat_models.engine.run_folder import read_data_config
+from nat_models.engine.run_folder import read_data_config, read_results
 
 PACKAGES = ("nat-models", "torch", "torchvision", "timm", "lightning", "triton", "numpy", "av")
 RECIPE = ("model", "optim", "trainer", "seed")
@@ -102,10 +102,10 @@ def model_card(run_dir: Path, checkpoint: Path, name: str) -> str:
 def _scores(run_dir: Path, checkpoint: Path) -> list[str]:
     """A table of what training or `eval.py` measured of this checkpoint."""
     results: dict[str, Any] | None = None
-    for path in (run_dir / "results.json", run_dir / "evaluation" / checkpoint.stem / "results.json"):
-        if path.is_file():
-            found = json.loads(path.read_text())
-            if path.parent != run_dir or (run_dir / found["checkpoint"]).resolve() == checkpoint.resolve():
+    for folder in (run_dir, run_dir / "evaluation" / checkpoint.stem):
+        found = read_results(folder)
+        if found is not None:
+            if folder != run_dir or (run_dir / found["checkpoint"]).resolve() == checkpoint.resolve():
                 results = found
     if results is None:
         return ["This checkpoint was not evaluated."]

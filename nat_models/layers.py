@@ -170,8 +170,8 @@ class Block(nn.Module):
         self.attn = attn
         self.norm2 = nn.LayerNorm(dim)
         self.mlp = Mlp(dim, int(dim * mlp_ratio), drop=proj_drop)
-        self.gamma1 = nn.Parameter(torch.full((dim,), layer_scale)) if layer_scale is not None else None
-        self.gamma2 = nn.Parameter(torch.full((dim,), layer_scale)) if layer_scale is not None else None
+        self.gamma1 = None if layer_scale is None else nn.Parameter(torch.full((dim,), float(layer_scale)))
+        self.gamma2 = None if layer_scale is None else nn.Parameter(torch.full((dim,), float(layer_scale)))
         self.drop_path = DropPath(drop_path) if drop_path > 0 else nn.Identity()
         self.grad_checkpointing = False
 

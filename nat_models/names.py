@@ -1,10 +1,9 @@
 """Checking the names of models before anything is built."""
 
-import difflib
-
 import timm
 
 import nat_models  # noqa: F401  registers the models with timm
+from nat_models.settings import names_hint
 
 
 def check_model_name(model_name: str, argument: str = "model.model_name") -> None:
@@ -22,6 +21,4 @@ def check_model_name(model_name: str, argument: str = "model.model_name") -> Non
         except RuntimeError as error:
             raise ValueError(f"{argument}={model_name!r}: {error}") from error
         return
-    nearest = difflib.get_close_matches(model_name, timm.list_models(), n=3, cutoff=0.5)
-    hint = f"; the nearest names are {', '.join(nearest)}" if nearest else ""
-    raise ValueError(f"{argument}={model_name!r} is not a registered model{hint}")
+    raise ValueError(f"{argument}={model_name!r} is not a registered model{names_hint(model_name, timm.list_models())}")

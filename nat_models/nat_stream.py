@@ -45,17 +45,29 @@ class StreamState(NamedTuple):
 
     def clone(self) -> "StreamState":
         """A copy in memory of its own; CUDA graphs (`mode="reduce-overhead"` of torch.compile) use theirs again."""
-        past = tuple(x.clone() for x in self.past)
-        return StreamState(self.frames.clone(), self.phase, self.stem.clone(), past, self.pooled.clone())
+
+        def copy(x: Tensor) -> Tensor:  # contiguous as the first state, lest compiled steps compile anew
+            return x.clone(memory_format=torch.contiguous_format)
+
+        return StreamState(
+            copy(self.frames), self.phase, copy(self.stem), tuple(map(copy, self.past)), copy(self.pooled)
+        )
 
     def reset(self, streams: Tensor | Sequence[int]) -> "StreamState":
         """The state with some streams at their start; the others go on.
 
         Args:
-            streams: their indices, or a mask `[B]`.
+            streams: their indices, none or several, or a mask `[B]`.
+
+        Raises:
+            ValueError: there are no such streams.
         """
         chosen = torch.zeros_like(self.frames, dtype=torch.bool)
-        chosen[torch.as_tensor(streams, device=chosen.device)] = True
+        which = torch.as_tensor(streams, device=chosen.device)
+        is_mask = which.dtype == torch.bool
+        if which.shape != chosen.shape if is_mask else not all(0 <= i < len(chosen) for i in which.tolist()):
+            raise ValueError(f"streams must be indices below {len(chosen)} or a mask [{len(chosen)}], got {streams}")
+        chosen[which if is_mask else which.long()] = True
 
         def clear(x: Tensor) -> Tensor:
             return x.masked_fill(chosen.view(-1, *[1] * (x.dim() - 1)), 0)
@@ -248,11 +260,12 @@ class NATStream(NAT3D):
             ValueError: frames that the state is not for, or a model without pooling.
         """
         spatial = [-(-n // 2) for n in frames.shape[3:]]
-        if frames.dim() != 5 or len(frames) != len(state.stem) or spatial != list(state.stem.shape[3:]):
+        is_legal = frames.dim() == 5 and len(frames) == len(state.stem) and frames.shape[2] > 0
+        if not is_legal or spatial != list(state.stem.shape[3:]):
             height, width = (2 * n for n in state.stem.shape[3:])
             raise ValueError(
                 f"frames must be [{len(state.stem)}, {self.in_chans}, T, {height}, {width}] (or a pixel less) "
-                f"as the state, got {list(frames.shape)}"
+                f"as the state, got {list(frames.shape)}; T is from 1 up"
             )
         if not self.global_pool:
             raise ValueError("step needs a model with global_pool, got global_pool=''")
@@ -274,7 +287,8 @@ class NATStream(NAT3D):
         joined = torch.cat([state.pooled.to(x.dtype), x], 1)
         logits = self.head(self.head_drop(self._window_means(joined, seen)))
         index = (torch.arange(num_frames, device=x.device) + 2 - state.frames[:, None] % 2) // 2  # maps so far
-        logits = logits.take_along_dim(index[..., None], 1)
+        # Not take_along_dim, which makes compiled steps specific to the number of frames.
+        logits = logits.gather(1, index[..., None].expand(-1, -1, logits.shape[-1]))
         phase = None if state.phase is None else (state.phase + num_frames) % 2
         pooled = _keep_last(joined, self._window, idle)
         return logits, StreamState(state.frames + num_frames, phase, stem, past, pooled)

@@ -57,9 +57,12 @@ def classify(
     in_chans, height, width = predictor.data_config["input_size"]
     step = torch.compile(model.step, dynamic=False, mode="reduce-overhead") if compiled else model.step
     state = model.init_state(1, height, width)
-    due = 0.0
+    due = last = 0.0
     for frame in frames:
         time = float(frame.time)
+        if time < last:  # another recording begins
+            due, state = time, model.init_state(1, height, width)
+        last = time
         if time >= due - 1e-3:  # timestamps are rounded to the file's time base
             due = max(due + 1 / rate, time)  # after a gap, go on from there
             begin = perf_counter()
@@ -82,7 +85,7 @@ def parse_arguments(arguments: list[str] | None) -> argparse.Namespace:
     add_annotate_option(parser)
     add_model_options(parser)
     options = parser.parse_args(arguments)
-    if options.rate <= 0:
+    if not options.rate > 0:
         parser.error(f"--rate must be positive, got {options.rate}")
     return options
 

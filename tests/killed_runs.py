@@ -4,6 +4,7 @@
 """
 
 import csv
+import errno
 import importlib
 import json
 import os
@@ -20,6 +21,7 @@ from pathlib import Path
 from unittest.mock import patch
 
 import pytest
+import timm
 import torch
 import torch.utils.tensorboard  # here, for all forked processes
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
@@ -37,6 +39,7 @@ from nat_models.engine.classification import ClassificationModule
 from nat_models.engine.last_checkpoint import LastCheckpoint
 from nat_models.engine.position import Position
 from nat_models.engine.resume import choose_run
+from nat_models.engine.run_folder import read_results
 
 sys.path.insert(0, str(REPOSITORY / "benchmarks"))
 from kill_and_resume import SETTINGS, differences  # noqa: E402
@@ -192,6 +195,7 @@ def test_auto_finds_the_newest_unfinished_run_with_these_settings(tmp_path, refe
     for other in ([], ["seed=1"]):
         assert command_in_child(tmp_path, *SMALL, *other, prepare=kill) == -signal.SIGKILL
     unfinished, _ = runs = sorted((tmp_path / "runs" / "none").iterdir())
+    (unfinished / "results.json").write_text('{"epoch": 1, "met')  # which is none
     assert command_in_child(tmp_path, *SMALL, "ckpt_path=auto") == 0
     assert f"going on from {unfinished}/checkpoints/last.ckpt (epoch 0, batch 3)" in capfd.readouterr().out
     assert sorted((tmp_path / "runs" / "none").iterdir()) == runs
@@ -202,6 +206,43 @@ def test_auto_finds_the_newest_unfinished_run_with_these_settings(tmp_path, refe
     assert command_in_child(tmp_path, *SMALL, "ckpt_path=auto", prepare=kill) == -signal.SIGKILL
     assert "runs/none holds no unfinished run with these settings; starting anew" in capfd.readouterr().out
     assert len(list((tmp_path / "runs" / "none").iterdir())) == 3
+
+
+def test_a_sweep_that_is_repeated_leaves_out_what_is_finished(tmp_path, capfd):
+    sweep = ["-m", *SMALL, "ckpt_path=auto"]
+    assert command_in_child(tmp_path, *sweep) == 0
+    (run_dir,) = tmp_path.glob("runs/none/*/0")
+    (run_dir / "results.json").write_text('{"metrics": {"val/top1": 0.5}}')
+    assert command_in_child(tmp_path, *sweep) == 0
+    assert f"ckpt_path=auto: {run_dir} is finished" in capfd.readouterr().out
+    assert list(tmp_path.glob("runs/none/*/0")) == [run_dir]
+
+
+def test_pretrained_weights_are_read_only_once(tmp_path):
+    base = tmp_path / "base.pth"
+    torch.save(timm.create_model("test_vit", img_size=32).state_dict(), base)
+    settings = [*SMALL, "model.pretrained=true", f"+model.model_kwargs.pretrained_cfg_overlay={{file: {base}}}"]
+    kill = at_call(6, ClassificationModule, "training_step")
+    assert in_child(tmp_path / "run", *settings, prepare=kill) == -signal.SIGKILL
+    base.unlink()
+    assert in_child(tmp_path / "run", *settings, "ckpt_path=auto") == 0
+
+
+def test_batch_stays_the_same_within_an_epoch(tmp_path, capfd):
+    kill = at_call(6, ClassificationModule, "training_step")
+    assert in_child(tmp_path / "run", *SMALL, prepare=kill) == -signal.SIGKILL
+    for other, message in [
+        ("data.batch_size=8", "data.batch_size=16 on 1 device(s), but this run's is 8 on 1; it or the product must"),
+        ("trainer.accumulate_grad_batches=2", "trainer.accumulate_grad_batches=1, but this run's is 2; it must stay"),
+    ]:
+        assert in_child(tmp_path / "run", *SMALL, other, "ckpt_path=auto") == 2
+        assert f"was saved within an epoch with {message}" in capfd.readouterr().err
+    kill = at_call(8, ClassificationModule, "training_step")  # in the first step of an epoch
+    assert in_child(tmp_path / "run", *SMALL, "ckpt_path=auto", prepare=kill) == -signal.SIGKILL
+    other = ["data.batch_size=8", "trainer.limit_train_batches=2"]
+    assert in_child(tmp_path / "run", *SMALL, *other, "ckpt_path=auto") == 0
+    (line,) = [line for line in capfd.readouterr().out.splitlines() if line.startswith("epoch 3/3")]
+    assert line.endswith("ETA 0:00:00")
 
 
 def test_loggers_elsewhere_go_on_with_their_runs(tmp_path, reference):
@@ -283,6 +324,34 @@ def test_preempted_outside_of_training(tmp_path):
     assert in_child(tmp_path / "run", *SMALL, prepare=prepare) == 75
 
 
+def full_disk(*arguments: object) -> None:
+    raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+
+@pytest.mark.parametrize(
+    ("action", "status"),
+    [(lambda *_: os.kill(os.getpid(), signal.SIGTERM), 75), (full_disk, 2)],
+    ids=["signal", "full"],
+)
+def test_stopped_while_the_report_is_written(tmp_path, capfd, action, status):
+    run_dir = tmp_path / "run"
+    settings = [*SMALL, "trainer.max_epochs=2"]
+
+    def report(prepare: Callable[[], None]) -> int:
+        def main() -> None:
+            importlib.import_module("train").save_evaluation = evaluation.save_evaluation  # which `forked` leaves out
+            train(compose_train(run_dir, *settings, "ckpt_path=auto"))
+
+        return forked(main, prepare)
+
+    assert report(lambda: setattr(evaluation, "plot_mistakes", action)) == status
+    message = f"error: [Errno 28] No space left on device; the run folder is {run_dir}"
+    assert capfd.readouterr().err.splitlines()[-1:] == [message] * (status == 2)
+    assert not (run_dir / "results.json").exists()
+    assert report(lambda: None) == 0
+    assert read_results(run_dir)["epoch"] in (1, 2)
+
+
 def test_damaged_checkpoints(tmp_path, reference, capfd):
     run_dir = tmp_path / "run"
     assert in_child(run_dir, *SMALL, prepare=at_call(18, ClassificationModule, "training_step")) == -signal.SIGKILL
@@ -305,6 +374,27 @@ def test_damaged_checkpoints(tmp_path, reference, capfd):
     for read in (read_checkpoint, read_file, VerifiedCheckpointIO().load_checkpoint):
         with pytest.raises(ValueError, match="is damaged: its content is not that of its checksum"):
             read(previous)
+
+
+def test_damaged_best_checkpoint(tmp_path, capfd):
+    folder = tmp_path / "run" / "checkpoints"
+
+    def damaged(*names: str) -> Callable[[], None]:
+        return at_call(1, ClassificationModule, "on_fit_end", lambda *_: [damage(folder / name) for name in names])
+
+    assert in_child(tmp_path / "run", *SMALL, prepare=damaged("best.ckpt")) == 0
+    output = capfd.readouterr().out
+    assert f"'{folder}/best.ckpt' is damaged: its content is not that of its checksum; the score is that of" in output
+    assert f"{folder}/last.ckpt (epoch 3), not of the best epoch" in output and "Last checkpoint (epoch 3)" in output
+    (folder / "best.ckpt").unlink()
+    assert in_child(tmp_path / "run", *SMALL, "ckpt_path=auto", prepare=damaged("last.ckpt")) == 0
+    output = capfd.readouterr().out
+    assert f"there is no checkpoint '{folder}/best.ckpt'; '{folder}/last.ckpt' is damaged" in output
+    assert f"{folder}/previous.ckpt (epoch 2), not of the best epoch" in output
+    prepare = damaged("last.ckpt", "previous.ckpt")
+    damage(folder / "last.ckpt")  # which makes it whole again
+    assert in_child(tmp_path / "run", *SMALL, "ckpt_path=auto", prepare=prepare) == 2
+    assert capfd.readouterr().err.splitlines()[-1].startswith("error: no checkpoint is left to evaluate: there is no")
 
 
 def damage(path: Path) -> None:
@@ -386,4 +476,24 @@ def test_too_many_non_finite_steps_end_the_run(tmp_path, capfd):
     assert in_child(run_dir, *SMALL, "callbacks.non_finite.max_consecutive=1", prepare=prepare) == 2
     error = capfd.readouterr().err.splitlines()[-1]
     assert error.startswith("error: the loss or the gradient was not finite in 2 steps in a row and 2 in all;")
-    assert f"the last good checkpoint is {run_dir}/checkpoints/last.ckpt; {run_dir}/skipped_steps.csv lists" in error
+    good = f"the last good checkpoint is {run_dir}/checkpoints/last.ckpt, of step 6"
+    assert f"{good}; {run_dir}/skipped_steps.csv lists" in error
+
+
+def test_no_checkpoint_is_replaced_while_steps_are_skipped(tmp_path, reference, capfd):
+    settings = [*SMALL, "callbacks.last.every_n_train_steps=1", "callbacks.non_finite.max_consecutive=5"]
+    last, previous = (tmp_path / "run" / "checkpoints" / name for name in ("last.ckpt", "previous.ckpt"))
+
+    def stop_while_skipping() -> None:
+        at_call(8, ClassificationModule, "training_step", poison, ever_after=True)()
+        at_call(12, ClassificationModule, "training_step", lambda *_: os.kill(os.getpid(), signal.SIGTERM))()
+
+    assert in_child(tmp_path / "run", *settings, prepare=stop_while_skipping) == 75  # in the second epoch
+    assert "stopped by SIGTERM after step 12, which is left out, so that nothing is saved" in capfd.readouterr().out
+    diverged = at_call(1, ClassificationModule, "training_step", poison, ever_after=True)
+    assert in_child(tmp_path / "run", *settings, "ckpt_path=auto", prepare=diverged) == 2
+    error = capfd.readouterr().err.splitlines()[-1]
+    assert "in 6 steps in a row and 6 in all" in error and f"the last good checkpoint is {previous}, of step 6" in error
+    assert [Position.of(read_checkpoint(path)).step for path in (last, previous)] == [7, 6]
+    assert in_child(tmp_path / "run", *settings, "ckpt_path=auto") == 0
+    assert differences(reference("plain"), tmp_path / "run") == []

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from fused_na.reference import axis_tables
 from nat_models.attention import LayerAttention, capture_attention
+from nat_models.clip_layers import ClipAttention
 from nat_models.layers import NeighborhoodAttention1D, NeighborhoodAttention2D, NeighborhoodAttention3D
 from nat_models.nat_isotropic import MapAttention
 
@@ -24,6 +25,7 @@ LAYERS = {
     ),
     "sequence": (NeighborhoodAttention1D, dict(kernel_size=5), (9,)),
     "volume": (NeighborhoodAttention3D, dict(kernel_size=(2, 3, 3), is_causal=(True, False, False)), (3, 4, 4)),
+    "rotary volume": (ClipAttention, dict(kernel_size=(2, 3, 3), position="rope"), (3, 4, 4)),
     "whole map": (MapAttention, dict(kernel_size=(4, 6)), (4, 6)),
     "cropped map": (MapAttention, dict(kernel_size=(4, 6)), (3, 2)),
 }
@@ -34,7 +36,7 @@ def captured(layer: nn.Module, spatial: tuple[int, ...]) -> tuple[LayerAttention
     outputs: list[Tensor] = []
     layer.proj.register_forward_pre_hook(lambda module, inputs: outputs.append(inputs[0]))
     with torch.no_grad(), capture_attention(nn.Sequential(layer)) as found:
-        layer(torch.randn(2, *spatial, 8))
+        layer(torch.randn(2, *spatial, layer.proj.in_features))
     assert list(found) == ["0"]
     return found["0"], outputs[0]
 

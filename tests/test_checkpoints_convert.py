@@ -103,6 +103,8 @@ def test_checkpoint_of_a_training_run(tmp_path: Path) -> None:
     ("arguments", "message"),
     [
         (["--model", "nat_mii"], "there is no model 'nat_mii'; perhaps nat_mini"),
+        (["--model", "resnet18"], "there is no model 'resnet18'; perhaps "),
+        (["--model", "nat_mini.bogus"], "model='nat_mini.bogus': Invalid pretrained tag"),
         (["--model", "nat_mini"], r"do not fit this NAT; missing keys: .*levels.0.blocks.2.norm1.weight"),
         (["--model", "nat_mini", "--model-kwargs", "width=3"], "unexpected keyword argument 'width'"),
         ([], "fits no registered model as it is: name the model"),

@@ -2,11 +2,13 @@
 
 import inspect
 import json
+import re
 
 import lightning
 import pytest
 import timm
 import torch
+from hydra.errors import InstantiationException
 from hydra.utils import get_object
 from omegaconf import OmegaConf
 from safetensors.torch import save_file
@@ -25,9 +27,11 @@ from nat_models.engine.build import (
     build_trainer,
     effective_batch,
     learning_rate,
+    prepare_process,
     quiet_lightning,
 )
 from nat_models.engine.classification import ClassificationModule
+from nat_models.engine.errors import message_of
 
 EXPERIMENTS = REPOSITORY / "configs" / "experiment"
 IMAGENET = sorted(path.stem for path in (EXPERIMENTS / "imagenet").glob("*.yaml"))
@@ -211,6 +215,7 @@ def test_weights_of_timms_own_models_must_fit(tmp_path):
 def test_smoke_run_on_fake_data(tmp_path):
     overrides = ["data=fake", "model.model_name=test_resnet", "trainer.accelerator=cpu", "debug=smoke"]
     train(compose_train(tmp_path, "experiment=none", *overrides, "optim.base_batch=null", "callbacks=ema"))
+    assert json.loads((tmp_path / "results.json").read_text())["images"] == 2 * 8
     cfg = OmegaConf.load(tmp_path / "config.yaml")
     assert (cfg.data.img_size, cfg.data.crop_pct) == ([160, 160], 0.95)  # what timm says of test_resnet
 
@@ -225,6 +230,48 @@ def test_effective_batch_and_learning_rate(tmp_path):
     assert module.hparams["optimizer"]["lr"] == pytest.approx(1e-3 * 48 / 64)
     cfg.optim.base_batch = None
     assert learning_rate(cfg, 48) == 1e-3
+
+
+MISTAKES = {
+    "model.mixup={mixup_alpa: 0.8}": "model.mixup has no setting 'mixup_alpa'; allowed are mixup_alpha, cutmix_alpha, ",
+    "model.mixup=0.8": "model.mixup must be a mapping or null, got 0.8",
+    "model.distillation={teachr: test_vit}": "model.distillation has no setting 'teachr'; allowed are teacher, ",
+    "model.distillation={kind: soft}": "model.distillation.teacher must be set",
+    "model.label_smoothing=2": "model.label_smoothing must be a number, at least 0 and at most 1, got 2",
+    "model.pretrained=abc": "model.pretrained must be true or false, got 'abc'",
+    "+model.pretraind=true": "model has no setting 'pretraind'; allowed are model_name, ",
+    "optim.optimizer.opt=adamww": "optim.optimizer.opt='adamww' is unknown; the nearest names are adamw, ",
+    "optim.optimizer.weight_decay=abc": "optim.optimizer.weight_decay must be a number, got 'abc'",
+    "+optim.optimizer.lrr=1": "optim.optimizer={'opt': 'adamw', .*'lrr': 1, .*unexpected keyword argument 'lrr'",
+    "optim.schedule.sched=cosin": "optim.schedule.sched='cosin' is unknown; allowed are cosine, ",
+    "optim.schedule.warmup_epochs=abc": "optim.schedule.warmup_epochs must be an integer, got 'abc'",
+    "+optim.schedule.min_lrr=0": "optim.schedule has no setting 'min_lrr'; the nearest names are min_lr, ",
+    "optim.base_lr=abc": "optim.base_lr must be a number, at least 0, got 'abc'",
+    "optim.base_batch=0": "optim.base_batch must be a number, above 0, got 0",
+    "trainer.max_epochs=abc": "trainer.max_epochs must be an integer or null, got 'abc'",
+    "+trainer.fooo=1": "trainer has no setting 'fooo'; allowed are accelerator, ",
+    "+trainer.fast_dev_run=true": "trainer.fast_dev_run must be false",
+    "trainer.accumulate_grad_batches=0": "trainer.accumulate_grad_batches must be an integer, at least 1, got 0",
+    "trainer.limit_train_batches=0": "trainer.limit_train_batches must be a number, above 0, got 0",
+    "callbacks.non_finite.max_total=abc": "callbacks.non_finite.max_total must be an integer, got 'abc'",
+    "+callbacks.best.monitr=loss": "callbacks.best has no setting 'monitr'; the nearest names are monitor",
+    "+logger.csv.names=csv": "logger.csv has no setting 'names'; allowed are save_dir, name",
+    "data.interpolation=bicubicc": "data.interpolation='bicubicc' is unknown; allowed are nearest, bilinear, bicubic, ",
+    "+data.augmentation.hflipp=1": "data.augmentation has no setting 'hflipp'; the nearest names are hflip",
+    "data.eval_batch_size=abc": "data.eval_batch_size must be an integer or null, got 'abc'",
+    "num_threads=0": "num_threads must be an integer, at least 1, got 0",
+    "seed=abc": "seed must be an integer, at least 0 and at most 4294967295, got 'abc'",
+}
+
+
+@pytest.mark.parametrize("override", MISTAKES)
+def test_mistakes_in_settings_are_named_before_there_is_a_run_folder(tmp_path, override):
+    cfg = compose_train(tmp_path / "run", "trainer.accelerator=cpu", override)
+    with pytest.raises((ValueError, InstantiationException)) as mistake:
+        prepare_process(cfg)
+        build_module(cfg, build_datamodule(cfg), build_trainer(cfg))
+    assert re.search(MISTAKES[override], message_of(mistake.value))
+    assert not (tmp_path / "run").exists()
 
 
 @pytest.mark.parametrize(

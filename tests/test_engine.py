@@ -1,5 +1,6 @@
 """The Lightning module: parameter groups, schedule, accumulation, averaging, resuming, metrics, checkpoints."""
 
+import errno
 import hashlib
 import json
 import math
@@ -24,7 +25,7 @@ from nat_models.engine.build import quiet_lightning
 from nat_models.engine.callbacks import Mistake, PredictionRecorder
 from nat_models.engine.checkpoint import check_resumable, check_unfinished, find_checkpoint, read_checkpoint
 from nat_models.engine.classification import COMPILE_MODES, ClassificationModule
-from nat_models.engine.errors import NonFiniteStepsError, exit_on
+from nat_models.engine.errors import RUN_ERRORS, NonFiniteStepsError, exit_on
 from nat_models.engine.evaluation import evaluate
 from nat_models.engine.non_finite import SkipNonFiniteSteps
 from nat_models.engine.plots import plot_batch, plot_confusion, plot_curves, plot_mistakes, plot_per_class
@@ -205,6 +206,13 @@ def test_top5_needs_more_than_five_classes():
     assert "top5" in ClassificationModule("test_vit", 6, model_kwargs={"img_size": 32}).val_metrics
 
 
+def test_a_full_disk_is_named_with_the_run_folder(tmp_path, capsys):
+    with pytest.raises(SystemExit, match="2"), exit_on(RUN_ERRORS, tmp_path):
+        raise OSError(errno.ENOSPC, "No space left on device")
+    message = f"error: [Errno 28] No space left on device; the run folder is {tmp_path}\n"
+    assert capsys.readouterr().err == message
+
+
 def test_non_finite_loss_stops_training(tmp_path):
     module = tiny_module()
     with torch.no_grad():
@@ -254,7 +262,7 @@ def test_resumed_training_equals_uninterrupted_training(tmp_path, ema):
     first.fit(tiny_module(), digits())
     resumed, trainer = tiny_module(), tiny_trainer(4, callbacks("parts"))
     last = tmp_path / "parts" / "last.ckpt"
-    check_resumable(last, resumed)
+    check_resumable(last, resumed, trainer, digits())
     trainer.fit(resumed, digits(), ckpt_path=last, weights_only=True)
     assert trainer.global_step == 4 * STEPS_PER_EPOCH
     for name, value in whole.state_dict().items():
@@ -340,9 +348,42 @@ def test_checkpoint_must_fit_the_run(tmp_path):
         check_unfinished(last, tiny_trainer(3))
     other = ClassificationModule("test_vit", 11, in_chans=1, model_kwargs={"img_size": 32})
     with pytest.raises(ValueError, match="num_classes=10, but this run's is 11"):
-        check_resumable(last, other)
-    check_resumable(last, tiny_module())
+        check_resumable(last, other, tiny_trainer(4), digits())
+    other_rate = tiny_module(optimizer={"opt": "adamw", "lr": 1e-2, "weight_decay": 0.05})
+    check_resumable(last, other_rate, tiny_trainer(4), digits(batch_size=16))
     check_unfinished(last, tiny_trainer(4))
+
+
+def test_optimiser_and_averaging_must_stay_the_same(tmp_path):
+    adamw = {"opt": "adamw", "lr": 1e-3, "weight_decay": 0.05}
+    tiny_trainer(3, [checkpoint_to(tmp_path / "plain")]).fit(tiny_module(), digits())
+    tiny_trainer(3, [EMAWeightAveraging(), checkpoint_to(tmp_path / "ema")]).fit(tiny_module(), digits())
+    plain, averaged = (tmp_path / name / "last.ckpt" for name in ("plain", "ema"))
+    trainer, averaging = tiny_trainer(4), tiny_trainer(4, [EMAWeightAveraging()])
+    for change, message in [
+        ({"opt": "sgd"}, "optim.optimizer.opt='adamw', but this run's is 'sgd'"),
+        ({"weight_decay": 0.1}, "optim.optimizer.weight_decay=0.05, but this run's is 0.1"),
+        ({"layer_decay": 0.8}, "optim.optimizer.layer_decay=None, but this run's is 0.8; .* only the learning rate"),
+    ]:
+        with pytest.raises(ValueError, match=message):
+            check_resumable(plain, tiny_module(optimizer=adamw | change), trainer, digits())
+    with pytest.raises(ValueError, match="weights are not averaged, but this run's are averaged .* callbacks=default"):
+        check_resumable(plain, tiny_module(), averaging, digits())
+    with pytest.raises(ValueError, match="weights are averaged, but this run's are not averaged .* callbacks=ema"):
+        check_resumable(averaged, tiny_module(), trainer, digits())
+    check_resumable(averaged, tiny_module(), averaging, digits())
+
+
+def test_schedule_goes_on_by_epochs_where_their_steps_change(tmp_path):
+    rates, whole = LearningRates(), LearningRates()
+    tiny_trainer(4, [whole]).fit(tiny_module(), digits())
+    longer_epochs = tiny_trainer(4, [checkpoint_to(tmp_path)], overfit_batches=2 * STEPS_PER_EPOCH, max_steps=16)
+    longer_epochs.fit(tiny_module(), digits())
+    assert longer_epochs.current_epoch == 2
+    module = tiny_module()
+    tiny_trainer(4, [rates]).fit(module, digits(), ckpt_path=tmp_path / "last.ckpt", weights_only=True)
+    assert rates.rates == pytest.approx(whole.rates[2 * STEPS_PER_EPOCH :])
+    assert module.steps_left() == 0
 
 
 def test_finding_checkpoints(tmp_path):

@@ -12,7 +12,8 @@ ROOT = Path(__file__).parent.parent
 # Which of the project's own modules each part may import, from the lowest part to the highest.
 LAYERS = {
     "fused_na": ["fused_na"],
-    "nat_models.data": ["nat_models.data"],
+    "nat_models.settings": [],
+    "nat_models.data": ["nat_models.data", "nat_models.settings"],
     "nat_models.scan": ["nat_models.data"],
     "nat_models.shards": ["nat_models.data"],
     "nat_models._timm": [],

@@ -255,7 +255,7 @@ def test_features_are_the_intermediates(name: str, feature_cls: str) -> None:
     torch.testing.assert_close(outputs, expected)
 
 
-@pytest.mark.parametrize("feature_cls", ["list", "getter"])
+@pytest.mark.parametrize("feature_cls", ["list", "hook", "getter"])
 @pytest.mark.parametrize("out_indices", [(0,), (1, 2), (-2, -1), 2])
 @pytest.mark.parametrize("name", ["nat_small", "dinat_s_tiny", "nat_isotropic_small"])
 def test_features_of_chosen_stages(name: str, out_indices: Any, feature_cls: str) -> None:
@@ -455,9 +455,12 @@ def test_channels_last_images(name: str) -> None:
 )
 def test_compiles_without_graph_breaks(name: str, config: dict[str, Any]) -> None:
     torch.compiler.reset()
-    model, batch = small(name, **config).eval(), images(2, 3, 48, 64)
-    with torch.no_grad():
-        torch.testing.assert_close(torch.compile(model, backend="aot_eager", fullgraph=True)(batch), model(batch))
+    model = small(name, **config).eval()
+    compiled = torch.compile(model, backend="aot_eager", fullgraph=True)
+    for size in ((48, 64), (96, 80)):
+        batch = images(2, 3, *size)
+        with torch.no_grad():
+            torch.testing.assert_close(compiled(batch), model(batch))
 
 
 # --- one family only -------------------------------------------------------------------------------------------------

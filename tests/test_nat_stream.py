@@ -10,6 +10,7 @@ from golden_models import golden, relative_error, save
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
+from torch._dynamo.testing import CompileCounterWithBackend
 
 from nat_models.complexity import multiply_adds
 from nat_models.nat_stream import NATStream, StreamState
@@ -162,6 +163,33 @@ def test_steps_compile() -> None:
             output, state = step(frame, state)
             outputs.append(output)
     assert relative_error(torch.cat(outputs, 1), expected) < 1e-4
+
+
+def test_steps_compile_twice_for_frames_and_a_few_times_for_chunks() -> None:
+    """Frames add a map or none; chunks of any length share their graphs."""
+    model, clip = small(depths=(1,), num_heads=(1,)), clips(1, 3, 50, 32, 32)
+    for chunks, dynamic, most in (([1] * 4, False, 2), ([2, 3, 5, 4, 6], True, 4)):
+        torch.compiler.reset()
+        graphs = CompileCounterWithBackend("aot_eager")
+        step = torch.compile(model.step, backend=graphs, fullgraph=True, dynamic=dynamic)
+        state = model.init_state(1, 32, 32)
+        with torch.no_grad():
+            for chunk in clip[:, :, : sum(chunks)].split(chunks, 2):
+                state = step(chunk, state)[1].clone()  # as with CUDA graphs
+        assert graphs.frame_count <= most, (chunks, graphs.frame_count)
+
+
+def test_wrong_calls_of_streams_are_named() -> None:
+    model, clip = small(depths=(1,), num_heads=(1,)), clips(3, 3, 2, 32, 32)
+    with torch.no_grad():
+        state = model.step(clip, model.init_state(3, 32, 32))[1]
+        with pytest.raises(ValueError, match=r"as the state, got \[3, 3, 0, 32, 32\]; T is from 1 up"):
+            model.step(clip[:, :, :0], state)
+        for streams in ([3], [-1], torch.tensor([True, False])):
+            with pytest.raises(ValueError, match=r"streams must be indices below 3 or a mask \[3\], got"):
+                state.reset(streams)
+        unchanged = state.reset([])
+    assert all(map(torch.equal, (unchanged.stem, *unchanged.past), (state.stem, *state.past)))
 
 
 def test_training_step_and_bfloat16() -> None:

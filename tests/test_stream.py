@@ -48,6 +48,13 @@ def test_frames_come_in_order(video: Path) -> None:
         assert (torch.from_numpy(np.array(frame.image)).int() - pixels.permute(1, 2, 0).int()).abs().float().mean() < 2
 
 
+def test_timestamps_that_begin_anew_begin_a_stream(video: Path, weights: Path) -> None:
+    predictor, frames = load_model("nat_stream_tiny", weights, **TINY), list(read_frames(str(video)))
+    answers = [answer for _, answer in classify(predictor, frames + frames, 10, compiled=False)]
+    for first, second in zip(answers[: len(frames)], answers[len(frames) :], strict=True):
+        assert (first.time, first.prediction) == (second.time, second.prediction)
+
+
 def test_answers_are_those_of_the_whole_clip(video: Path, weights: Path) -> None:
     predictor = load_model("nat_stream_tiny", weights, **TINY)
     answer_of_frame = [answer for _, answer in classify(predictor, read_frames(str(video)), 10, compiled=False)]

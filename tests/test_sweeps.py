@@ -48,7 +48,7 @@ def test_a_run_returns_the_optimized_metric(tmp_path, capsys):
 
 def test_profiler_leaves_a_trace(tmp_path):
     train(compose_train(tmp_path, *TINY, "debug=profile", "trainer.max_steps=6", "data.num_workers=0"))
-    (trace,) = tmp_path.rglob("*.pt.trace.json")
+    (trace,) = tmp_path.glob("profile.*.pt.trace.json")
     events = json.loads(trace.read_text())["traceEvents"]
     assert any("conv" in event.get("name", "") for event in events)
 

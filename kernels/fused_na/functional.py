@@ -330,7 +330,7 @@ def _check_arguments(
             )
         if not 1 <= s <= k:
             raise ValueError(f"stride must be between 1 and kernel_size {k}, got {s} on spatial axis {i}")
-        axes.append(Axis(index(length), k, s, d, c))
+        axes.append(Axis(index(length), index(k), index(s), index(d), c))  # where compiled, of this size
 
     if rpb is not None:
         shape = [heads, *(2 * k - 1 for k in kernel_sizes)]

@@ -13,6 +13,11 @@ from nat_models.data.device_transforms import DeviceTransform, RandomErasing
 from nat_models.data.seeding import SeededSamples, SeededStream, StreamLoader, TrainingSampler
 from nat_models.data.transforms import create_transform
 from nat_models.data.workers import ignore_preemption
+from nat_models.settings import check_choice, check_number, check_settings
+
+INTERPOLATIONS = ("nearest", "bilinear", "bicubic", "box", "hamming", "lanczos")
+TRANSFORM_ARGUMENTS = ("input_size", "is_training", "mean", "std", "normalize")
+"""Of timm's transform, that are no settings of `data.augmentation`."""
 
 
 class ImageDataModule(lightning.LightningDataModule):
@@ -65,10 +70,10 @@ class ImageDataModule(lightning.LightningDataModule):
         undecodable_list: str | None = None,
     ) -> None:
         super().__init__()
-        check_positive_int("data.batch_size", batch_size)
-        check_positive_int("data.eval_batch_size", batch_size if eval_batch_size is None else eval_batch_size)
-        if not isinstance(num_workers, int) or num_workers < 0:
-            raise ValueError(f"data.num_workers must be 0 or a positive integer, got {num_workers!r}")
+        check_number("data.batch_size", batch_size, 1, whole=True)
+        check_number("data.eval_batch_size", batch_size if eval_batch_size is None else eval_batch_size, 1, whole=True)
+        check_number("data.num_workers", num_workers, 0, whole=True)
+        check_choice("data.interpolation", interpolation, INTERPOLATIONS)
         if in_chans not in (1, 3):
             raise ValueError(f"data.in_chans must be 1 (grey) or 3 (RGB), got {in_chans!r}")
         self.dataset_name = name
@@ -88,6 +93,10 @@ class ImageDataModule(lightning.LightningDataModule):
         self.eval_batch_size = eval_batch_size or batch_size
         self.num_workers = num_workers
         self.augmentation, erasing = split_augmentation(augmentation)
+        check_settings("data.augmentation", self.augmentation, create_transform, given=TRANSFORM_ARGUMENTS)
+        if "interpolation" in self.augmentation:
+            names = (*INTERPOLATIONS, "random")
+            check_choice("data.augmentation.interpolation", self.augmentation["interpolation"], names)
         self.device_transform = DeviceTransform(self.mean, self.std, 2, erasing)
         self.dataset_kwargs = dataset_kwargs or {}
         self.seed = seed
@@ -217,13 +226,8 @@ def split_augmentation(augmentation: dict[str, Any] | None) -> tuple[dict[str, A
     erasing = {key.removeprefix("re_"): value for key, value in settings.items() if key.startswith("re_")}
     if settings.get("no_aug") or not erasing.get("prob"):
         return on_loader, None
+    check_settings("data.augmentation.re_*", erasing, RandomErasing)
     return on_loader, RandomErasing(**erasing)
-
-
-def check_positive_int(name: str, value: Any) -> None:
-    """Raises ValueError, with the argument's name, unless `value` is a positive integer."""
-    if not isinstance(value, int) or isinstance(value, bool) or value < 1:
-        raise ValueError(f"{name} must be a positive integer, got {value!r}")
 
 
 def check_img_size(img_size: Any) -> tuple[int, int]:

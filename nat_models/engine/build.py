@@ -13,13 +13,18 @@ from hydra.utils import instantiate
 from lightning.pytorch.callbacks import WeightAveraging
 from omegaconf import DictConfig, OmegaConf
 from timm.data import resolve_data_config
+from timm.scheduler import create_scheduler_v2
 
 from nat_models.data import DataModule
 from nat_models.engine.checkpoint_io import VerifiedCheckpointIO
 from nat_models.engine.classification import ClassificationModule
 from nat_models.engine.sharding import FullyShardedStrategy
 from nat_models.names import check_model_name
+from nat_models.settings import check_number, check_settings
 
+MODEL_ARGUMENTS = ("num_classes", "class_names", "in_chans", "optimizer", "schedule")
+"""Of the module, that are no settings of `model`."""
+SCHEDULE_ARGUMENTS = ("optimizer", "num_epochs", "step_on_epochs", "updates_per_epoch")
 IMAGE_SETTINGS = ("img_size", "in_chans", "mean", "std", "interpolation", "crop_pct")
 
 
@@ -37,7 +42,7 @@ def build_datamodule(cfg: DictConfig) -> DataModule:
     for key in IMAGE_SETTINGS:
         if key in cfg.data and cfg.data[key] is None:
             cfg.data[key] = expected[key]
-    datamodule = instantiate(cfg.data, _convert_="all")
+    datamodule = _build_node("data", cfg.data)
     datamodule.setup("fit")
     return datamodule
 
@@ -49,7 +54,7 @@ def build_evaluation_datamodule(cfg: DictConfig, hparams: dict[str, Any]) -> Dat
         cfg: resolved config of the run.
         hparams: hyper-parameters of the checkpoint to evaluate; its classes decide the labels.
     """
-    datamodule = instantiate(cfg.data, _convert_="all")
+    datamodule = _build_node("data", cfg.data)
     datamodule.classes = hparams["class_names"] or []
     datamodule.setup("validate")
     for name in ("num_classes", "in_chans"):
@@ -61,45 +66,65 @@ def build_evaluation_datamodule(cfg: DictConfig, hparams: dict[str, Any]) -> Dat
 def build_trainer(cfg: DictConfig) -> lightning.Trainer:
     """The trainer of `cfg.trainer` with the callbacks and loggers of the config; a `null` entry drops one of them."""
     settings = instantiate(cfg.trainer, _convert_="all")
-    callbacks = instantiate(cfg.callbacks, _convert_="all")
+    check_settings("trainer", settings, lightning.Trainer, given=("callbacks", "logger", "plugins"))
+    if settings.get("fast_dev_run"):
+        raise ValueError("trainer.fast_dev_run must be false, for it saves no checkpoint; debug=smoke trains two steps")
+    callbacks = [_build_node(f"callbacks.{name}", node) for name, node in cfg.callbacks.items() if node is not None]
     if isinstance(settings["strategy"], FullyShardedStrategy):
-        if any(isinstance(callback, WeightAveraging) for callback in callbacks.values()):
+        if any(isinstance(callback, WeightAveraging) for callback in callbacks):
             raise ValueError("callbacks=ema does not work with trainer=fsdp: averaged weights cannot be sharded")
     loggers = {name: _build_logger(name, logger) for name, logger in cfg.logger.items() if logger is not None}
-    return lightning.Trainer(
+    trainer = lightning.Trainer(
         **settings,
-        callbacks=[callback for callback in callbacks.values() if callback is not None],
+        callbacks=callbacks,
         logger=list(loggers.values()),
         plugins=[VerifiedCheckpointIO()],
     )
+    check_number("trainer.accumulate_grad_batches", trainer.accumulate_grad_batches, 1, whole=True)
+    check_number("trainer.limit_train_batches", trainer.limit_train_batches, above=0)
+    return trainer
 
 
 def build_module(cfg: DictConfig, datamodule: DataModule, trainer: lightning.Trainer) -> ClassificationModule:
-    """The module of `cfg.model` and `cfg.optim`, for the classes of the data and the effective batch of the trainer."""
+    """The module of `cfg.model` and `cfg.optim`, for the classes of the data and the effective batch of the trainer.
+
+    With `cfg.ckpt_path`, from which all weights will come, pretrained ones are not read.
+    """
     if datamodule.batch_size % 2 and cfg.model.mixup is not None:
         raise ValueError(f"data.batch_size must be even with model.mixup, got {datamodule.batch_size}")
     if cfg.model.pretrained and (missing := OmegaConf.missing_keys(cfg.model)):
         raise ValueError(f"model.{min(missing)} must be set, or model.pretrained=false to start from scratch")
-    optim = plain(cfg.optim)
+    model, optim = plain(cfg.model), plain(cfg.optim)
+    check_settings("model", model, ClassificationModule, given=MODEL_ARGUMENTS)
+    check_settings("optim.schedule", optim["schedule"], create_scheduler_v2, given=SCHEDULE_ARGUMENTS)
     before, after = (optim["schedule"].get(key, 0) for key in ("warmup_epochs", "cooldown_epochs"))
     if trainer.max_epochs is None or trainer.max_epochs <= before + after:
         raise ValueError(
             f"trainer.max_epochs={trainer.max_epochs} must exceed the sum of optim.schedule.warmup_epochs={before} and "
             f"optim.schedule.cooldown_epochs={after}"
         )
-    return ClassificationModule(
-        **plain(cfg.model),
+    module = ClassificationModule(
+        **(model | ({"pretrained": False} if cfg.ckpt_path is not None else {})),
         num_classes=len(datamodule.classes),
         class_names=datamodule.classes,
         in_chans=datamodule.in_chans,
         optimizer=optim["optimizer"] | {"lr": learning_rate(cfg, effective_batch(datamodule, trainer))},
         schedule=optim["schedule"],
     )
+    module.build_optimizer(trainer.max_epochs, steps_per_epoch=1)  # so that mistakes show before the run folder exists
+    return module
+
+
+def _build_node(argument: str, cfg: DictConfig) -> Any:
+    """What a config node with a `_target_` describes; ValueError, with the argument's name, if settings do not fit."""
+    target = instantiate(cfg, _convert_="all", _partial_=True)
+    check_settings(argument, target.keywords, target.func)
+    return instantiate(cfg, _convert_="all")
 
 
 def _build_logger(name: str, cfg: DictConfig) -> Any:
     try:
-        return instantiate(cfg, _convert_="all")
+        return _build_node(f"logger.{name}", cfg)
     except InstantiationException as error:
         if isinstance(error.__cause__, ImportError):
             raise ValueError(
@@ -122,7 +147,10 @@ def effective_batch(datamodule: DataModule, trainer: lightning.Trainer) -> int:
 
 def learning_rate(cfg: DictConfig, batch: int) -> float:
     """`optim.base_lr`, scaled linearly from `optim.base_batch` images per step to `batch`; `null` means not scaled."""
-    return cfg.optim.base_lr * (batch / cfg.optim.base_batch if cfg.optim.base_batch else 1.0)
+    check_number("optim.base_lr", cfg.optim.base_lr, 0)
+    if cfg.optim.base_batch is not None:
+        check_number("optim.base_batch", cfg.optim.base_batch, above=0)
+    return cfg.optim.base_lr * (batch / cfg.optim.base_batch if cfg.optim.base_batch is not None else 1.0)
 
 
 def plain(cfg: Any) -> dict[str, Any]:
@@ -136,6 +164,9 @@ def prepare_process(cfg: DictConfig) -> None:
     With `cfg.deterministic`, compiled code does without choices by measurement; Lightning's trainer sees to the rest.
     """
     quiet_lightning()
+    check_number("seed", cfg.seed, 0, 2**32 - 1, whole=True)
+    if cfg.num_threads is not None:
+        check_number("num_threads", cfg.num_threads, 1, whole=True)
     if cfg.get("deterministic", False):
         from torch._inductor import config as inductor
 

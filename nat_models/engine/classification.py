@@ -5,7 +5,7 @@ from typing import Any
 import lightning
 import timm
 import torch
-from timm.optim import create_optimizer_v2
+from timm.optim import create_optimizer_v2, list_optimizers
 from timm.scheduler import create_scheduler_v2
 from torch import Tensor
 from torch.distributed.fsdp import FSDPModule
@@ -20,11 +20,14 @@ from nat_models.engine.distillation import Distillation
 from nat_models.engine.position import Position
 from nat_models.engine.sharding import shard
 from nat_models.names import check_model_name
+from nat_models.settings import check_choice, check_number, check_settings
 
 LEAST_SHARE = 0.95
 TRAIN_METRICS = ("train_loss", "train_top1")
 COMPILE_MODES = ("default", "reduce-overhead", "max-autotune", "max-autotune-no-cudagraphs")
 """Of `torch.compile`."""
+SCHEDULES = ("cosine", "tanh", "step", "multistep", "poly", "wsd", "rsqrt", "constant")
+"""Those of timm that step once an optimiser step."""
 
 
 class ClassificationModule(lightning.LightningModule):
@@ -56,8 +59,8 @@ class ClassificationModule(lightning.LightningModule):
             CUDA graphs, which pays where the host cannot launch kernels as fast as the GPU runs them.
 
     Raises:
-        ValueError: unknown model name (with the nearest ones), arguments that the model does not take, weights that do
-            not fit, or unknown way to compile.
+        ValueError: unknown model name (with the nearest ones), arguments that the model, `Mixup` or `Distillation` does
+            not take, weights that do not fit, or unknown way to compile.
     """
 
     def __init__(
@@ -78,6 +81,10 @@ class ClassificationModule(lightning.LightningModule):
     ) -> None:
         if not isinstance(compile, bool) and compile not in COMPILE_MODES:
             raise ValueError(f"model.compile={compile}: must be true, false or one of {', '.join(COMPILE_MODES)}")
+        check_number("model.label_smoothing", label_smoothing, 0, 1)
+        check_settings("model.mixup", mixup or {}, Mixup, given=("num_classes", "label_smoothing"))
+        if distillation:
+            check_settings("model.distillation", distillation, Distillation, given=("num_classes", "in_chans"))
         super().__init__()
         self.save_hyperparameters(ignore=["pretrained", "from_scratch", "distillation"])
         check_model_name(model_name)
@@ -91,6 +98,7 @@ class ClassificationModule(lightning.LightningModule):
             if not pretrained:
                 raise
             raise ValueError(f"model.pretrained=true: {' '.join(str(error).split())}") from error
+        self._start = Position(0, 0, 0)
         self.mixup = Mixup(num_classes, label_smoothing=label_smoothing, **mixup) if mixup else None
         self.label_smoothing = label_smoothing
         self.distillation = Distillation(num_classes, in_chans, **distillation) if distillation else None
@@ -191,24 +199,45 @@ class ClassificationModule(lightning.LightningModule):
         return probabilities.unflatten(0, views.shape[:2]).mean(dim=1).log().float()
 
     def configure_optimizers(self) -> Any:
-        settings = dict(self.hparams["optimizer"] or {"opt": "adamw"})
-        factor = settings.pop("backbone_lr_factor", 1.0)
-        optimizer = create_optimizer_v2(self.model, **settings)
-        if factor != 1.0:
-            model: Any = self.model
-            _scale_backbone(optimizer, model.get_classifier(), factor)
-        schedule = dict(self.hparams["schedule"] or {"sched": "constant"})
-        scheduler, _ = create_scheduler_v2(
-            optimizer,
-            num_epochs=(self.trainer.max_epochs or 0) - schedule.get("cooldown_epochs", 0),
-            step_on_epochs=False,
-            updates_per_epoch=self._steps_per_epoch(),
-            **schedule,
-        )
+        optimizer, scheduler = self.build_optimizer(self.trainer.max_epochs or 0, self._steps_per_epoch())
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
 
+    def build_optimizer(self, max_epochs: int, steps_per_epoch: int) -> tuple[torch.optim.Optimizer, Any]:
+        """The optimiser of the model and its schedule; ValueError if their settings do not fit."""
+        settings = dict(self.hparams["optimizer"] or {"opt": "adamw"})
+        if "opt" in settings:
+            name = str(settings["opt"]).lower().removeprefix("lookahead_")
+            check_choice("optim.optimizer.opt", name, [str(known) for known in list_optimizers()])
+        check_settings("optim.optimizer", settings, create_optimizer_v2, given=("model_or_params",))
+        schedule = dict(self.hparams["schedule"] or {"sched": "constant"})
+        check_choice("optim.schedule.sched", schedule.get("sched", "cosine"), SCHEDULES)
+        where = f"optim.optimizer={settings}"
+        try:
+            factor = settings.pop("backbone_lr_factor", 1.0)
+            optimizer = create_optimizer_v2(self.model, **settings)
+            if factor != 1.0:
+                model: Any = self.model
+                _scale_backbone(optimizer, model.get_classifier(), factor)
+            where = f"optim.schedule={schedule}"
+            scheduler, _ = create_scheduler_v2(
+                optimizer,
+                num_epochs=max_epochs - schedule.get("cooldown_epochs", 0),
+                step_on_epochs=False,
+                updates_per_epoch=steps_per_epoch,
+                **schedule,
+            )
+        except (AssertionError, ImportError, TypeError, ValueError) as error:
+            raise ValueError(f"{where}: {' '.join(str(error).split())}") from error
+        return optimizer, scheduler
+
     def lr_scheduler_step(self, scheduler: Any, metric: Any) -> None:
-        scheduler.step_update(self.global_step)
+        scheduler.step_update(self._schedule_step())
+
+    def steps_left(self) -> int:
+        """Optimiser steps from here to the end of training, 0 where it has none."""
+        max_epochs, max_steps = self.trainer.max_epochs or -1, self.trainer.max_steps
+        ends = [max_epochs * self._steps_per_epoch() - self._schedule_step()] if max_epochs > 0 else []
+        return min(ends + ([max_steps - self.global_step] if max_steps >= 0 else []), default=0)
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         reduce = self.trainer.strategy.reduce
@@ -220,14 +249,23 @@ class ClassificationModule(lightning.LightningModule):
         }
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        self._start = Position.of(checkpoint)
         # The sums of all ranks go on in the first one; those of a finished epoch are of no more use.
-        if "train_metrics" in checkpoint and Position.of(checkpoint).batch and self.global_rank == 0:
+        if "train_metrics" in checkpoint and self._start.batch and self.global_rank == 0:
             for name, states in checkpoint["train_metrics"].items():
                 metric = getattr(self, name)
                 for key, state in states.items():
                     setattr(metric, key, state.to(metric.device))
-        # The learning rate is a function of the step and this run's settings alone, so a longer run can be resumed.
+        # The learning rate is a function of the position and this run's settings alone, so a longer run can be resumed.
         checkpoint["lr_schedulers"] = []
+
+    def _schedule_step(self) -> int:
+        """Steps that would have been done here if the run had always had as many an epoch as now.
+
+        Another effective batch before the checkpoint that it goes on from has made it more or fewer.
+        """
+        before = self._start.epoch * self._steps_per_epoch() + self._start.batch // self.trainer.accumulate_grad_batches
+        return before + self.global_step - self._start.step
 
     def _steps_per_epoch(self) -> int:
         self.trainer.estimated_stepping_batches  # noqa: B018  loads the training data, which sets num_training_batches

@@ -41,15 +41,21 @@ SETUP_ERRORS: tuple[type[Exception], ...] = (
     OmegaConfBaseException,
 )
 DATA_ERRORS: tuple[type[Exception], ...] = (UndecodableImageError, VideoError)
-RUN_ERRORS: tuple[type[Exception], ...] = (*DATA_ERRORS, NonFiniteStepsError, CheckpointWriteError, OSError)
+RUN_ERRORS: tuple[type[Exception], ...] = (
+    *DATA_ERRORS,
+    NonFiniteStepsError,
+    CheckpointWriteError,
+    MisconfigurationException,  # some of Lightning's checks need the length of the data
+    OSError,
+)
 
 
 @contextmanager
 def exit_on(error_types: tuple[type[Exception], ...], folder: Path | None = None) -> Iterator[None]:
     """Turns errors of these types into `error: ...` on stderr and exit status 2, and removes `folder` if it is empty.
 
-    One of a sweep fails alone. A run that is preempted ends with status 75, and its sweep with it, at once where it has
-    no handlers of its own for the signals.
+    An OSError that names no file, as that of a full disk, names `folder`. One of a sweep fails alone. A run that is
+    preempted ends with status 75, and its sweep with it, at once where it has no handlers of its own for the signals.
 
     `HYDRA_FULL_ERROR=1` in the environment keeps the traceback, as it does for Hydra's own errors.
     """
@@ -61,9 +67,12 @@ def exit_on(error_types: tuple[type[Exception], ...], folder: Path | None = None
     except error_types as error:
         if os.environ.get("HYDRA_FULL_ERROR", "0") != "0":
             raise
+        message = message_of(error)
         if folder is not None:
+            if isinstance(error, OSError) and error.filename is None:  # of a full disk, say
+                message += f"; the run folder is {folder}"
             remove_if_empty(folder)
-        print(f"error: {message_of(error)}", file=sys.stderr, flush=True)
+        print(f"error: {message}", file=sys.stderr, flush=True)
         if in_sweep():
             raise  # to Hydra, for which this training failed; the others go on
         raise SystemExit(2) from None

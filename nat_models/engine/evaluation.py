@@ -13,11 +13,13 @@ from nat_models.data import DataModule, UndecodableImageError
 from nat_models.engine.callbacks import PredictionRecorder
 from nat_models.engine.checkpoint import read_checkpoint
 from nat_models.engine.classification import ClassificationModule
+from nat_models.engine.files import replace_file
 from nat_models.engine.plots import plot_confusion, plot_mistakes, plot_per_class
 from nat_models.engine.position import Position
 from nat_models.engine.progress import TrainingProgress
 
 EVALUATION_TRAINER_KEYS = ("accelerator", "devices", "num_nodes", "strategy", "precision", "deterministic")
+LIMITS = ("limit_val_batches", "overfit_batches")  # those of training hold here too; 0 is none
 
 
 @dataclass
@@ -45,16 +47,19 @@ def evaluate(checkpoint: str | Path, datamodule: DataModule, trainer_config: dic
     Args:
         checkpoint: file written by `train.py`.
         datamodule: gives the validation batches.
-        trainer_config: arguments of `lightning.Trainer`; those that concern training are left out.
+        trainer_config: arguments of `lightning.Trainer`; those that concern training are left out, limits of
+            validation are not.
 
     Raises:
+        FileNotFoundError, ValueError: the checkpoint cannot be read, or is damaged.
         UndecodableImageError: a validation image cannot be decoded, or a streamed dataset left some out.
     """
+    epoch = Position.of(read_checkpoint(checkpoint)).epoch  # first: it checks the file
     module, class_names = load_classifier(checkpoint)
-    epoch = Position.of(read_checkpoint(checkpoint)).epoch
     predictions = PredictionRecorder()
     trainer = lightning.Trainer(
         **instantiate({key: trainer_config[key] for key in EVALUATION_TRAINER_KEYS if key in trainer_config}),
+        **{key: trainer_config[key] for key in LIMITS if trainer_config.get(key)},
         callbacks=[predictions, TrainingProgress()],
         logger=False,
         enable_checkpointing=False,
@@ -62,10 +67,11 @@ def evaluate(checkpoint: str | Path, datamodule: DataModule, trainer_config: dic
     )
     metrics = trainer.validate(module, datamodule, verbose=False)[0]
     evaluated, expected = int(predictions.label_counts[:, 0].sum()), len(datamodule.val_dataset)
-    if evaluated != expected:
+    is_limited = isinstance(trainer.limit_val_batches, int) or trainer.limit_val_batches < 1
+    if evaluated != expected and not is_limited:
         raise UndecodableImageError(f"only {evaluated} of the {expected} validation images could be evaluated")
     if indices := [index for index, *_ in predictions.predictions]:
-        assert indices == list(range(expected)), "each video is evaluated once"
+        assert is_limited or indices == list(range(expected)), "each video is evaluated once"
     return Evaluation(epoch, dict(metrics), class_names, predictions, len(getattr(datamodule, "excluded", [])))
 
 
@@ -76,7 +82,7 @@ def load_classifier(checkpoint: str | Path) -> tuple[ClassificationModule, list[
 
 
 def save_evaluation(evaluation: Evaluation, folder: Path, datamodule: DataModule, record: dict[str, Any]) -> None:
-    """Writes `results.json`, `per_class.csv`, `predictions.csv` (of videos), and pictures.
+    """Writes `per_class.csv`, `predictions.csv` (of videos), pictures, and, when all are there, `results.json`.
 
     Args:
         evaluation: of `evaluate`.
@@ -87,8 +93,6 @@ def save_evaluation(evaluation: Evaluation, folder: Path, datamodule: DataModule
     folder.mkdir(parents=True, exist_ok=True)
     counts = evaluation.predictions.label_counts
     record = record | ({"excluded": evaluation.excluded} if evaluation.excluded else {})
-    summary = record | {"epoch": evaluation.epoch, "images": int(counts[:, 0].sum()), "metrics": evaluation.metrics}
-    (folder / "results.json").write_text(json.dumps(summary, indent=2) + "\n")
     with open(folder / "per_class.csv", "w", newline="", encoding="utf-8") as file:
         writer = csv.writer(file)
         writer.writerow(["label", "class", "images", "correct", "accuracy"])
@@ -113,3 +117,5 @@ def save_evaluation(evaluation: Evaluation, folder: Path, datamodule: DataModule
         datamodule.std,
         folder / "misclassified.png",
     )
+    summary = record | {"epoch": evaluation.epoch, "images": int(counts[:, 0].sum()), "metrics": evaluation.metrics}
+    replace_file(folder / "results.json", (json.dumps(summary, indent=2) + "\n").encode())

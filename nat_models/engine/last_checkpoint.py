@@ -2,6 +2,7 @@
 
 import signal
 import time
+from dataclasses import asdict
 from pathlib import Path
 from types import FrameType
 from typing import Any
@@ -10,10 +11,11 @@ import lightning
 from lightning.pytorch.callbacks import Callback, ModelCheckpoint
 from lightning.pytorch.loggers import TensorBoardLogger
 
+from nat_models.data import DataModule
 from nat_models.data.workers import PREEMPTION_SIGNALS
 from nat_models.engine.checkpoint_io import LAST, PREVIOUS
 from nat_models.engine.errors import Preempted
-from nat_models.engine.position import Position
+from nat_models.engine.position import Batch, Position
 
 
 class LastCheckpoint(Callback):
@@ -25,6 +27,9 @@ class LastCheckpoint(Callback):
 
     After a signal, the checkpoint is saved at the end of the step, or of the validation pass, and the run ends with
     `Preempted`. Lightning's own handlers of these signals, SLURM's among them, are out of use while training.
+
+    While steps are left out because they are not finite, `SkipNonFiniteSteps` sets `is_held`, and nothing is saved: the
+    weights may be the reason. The checkpoint of before stays, from which a run that is stopped then goes on.
 
     Stands before callbacks that change the weights when training ends, `EMAWeightAveraging` among them.
 
@@ -46,6 +51,7 @@ class LastCheckpoint(Callback):
         self.path = Path(dirpath) / LAST
         self.every_n_train_steps = every_n_train_steps
         self.every_n_minutes = every_n_minutes
+        self.is_held = False
         self._signal: signal.Signals | None = None
         self._handlers: dict[signal.Signals, Any] = {}
         self._saved_at = 0.0
@@ -78,6 +84,7 @@ class LastCheckpoint(Callback):
 
     def on_train_end(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule) -> None:
         self._save(trainer)
+        self._stop_if_asked(trainer)
         self._restore_handlers()
 
     def on_exception(
@@ -88,6 +95,8 @@ class LastCheckpoint(Callback):
     def on_save_checkpoint(
         self, trainer: lightning.Trainer, pl_module: lightning.LightningModule, checkpoint: dict[str, Any]
     ) -> None:
+        datamodule: DataModule = trainer.datamodule  # type: ignore[attr-defined]
+        checkpoint["batch"] = asdict(Batch.of(trainer, datamodule))
         checkpoint["logger_ids"] = {type(logger).__name__: logger.version for logger in trainer.loggers}
         if self._to_save is not None:
             checkpoint["epoch"] = self._to_save["epoch"]
@@ -129,7 +138,10 @@ class LastCheckpoint(Callback):
         return trainer.strategy.reduce_boolean_decision(decision, all=False)
 
     def _take_down(self, trainer: lightning.Trainer) -> None:
-        self._to_save = {"epoch": trainer.current_epoch, "fit_loop": trainer.fit_loop.state_dict()}
+        if self.is_held:
+            self._stop_if_asked(trainer)
+        else:
+            self._to_save = {"epoch": trainer.current_epoch, "fit_loop": trainer.fit_loop.state_dict()}
 
     def _save(self, trainer: lightning.Trainer) -> None:
         if self._to_save is None:
@@ -141,15 +153,21 @@ class LastCheckpoint(Callback):
         trainer.save_checkpoint(self.path)
         self._to_save = None
         self._saved_at = time.monotonic()
-        if self._agreed(trainer, self._signal is not None):
-            if trainer.is_global_zero:
-                reason = f"stopped by {self._signal.name}" if self._signal else "stopped by a signal to another process"
-                print(
-                    f"{reason} after step {trainer.global_step}, which {self.path} holds; to go on, repeat the command "
-                    f"with ckpt_path=auto run_dir={self.path.parent.parent}",
-                    flush=True,
-                )
-            raise Preempted
+        self._stop_if_asked(trainer)
+
+    def _stop_if_asked(self, trainer: lightning.Trainer) -> None:
+        """Raises `Preempted` after a signal to any rank; what is worth saving has been saved."""
+        if not self._agreed(trainer, self._signal is not None):
+            return
+        if trainer.is_global_zero:
+            reason = f"stopped by {self._signal.name}" if self._signal else "stopped by a signal to another process"
+            saved = "which is left out, so that nothing is saved" if self.is_held else f"which {self.path} holds"
+            print(
+                f"{reason} after step {trainer.global_step}, {saved}; to go on, repeat the command "
+                f"with ckpt_path=auto run_dir={self.path.parent.parent}",
+                flush=True,
+            )
+        raise Preempted
 
 
 def _relocate(state: dict[str, Any], folder: Path) -> None:

@@ -1,6 +1,7 @@
 """Steps whose loss or gradient is not finite are left out, counted, and too many of them end the run."""
 
 import csv
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -9,8 +10,11 @@ import torch
 from lightning.pytorch.callbacks import Callback
 
 from nat_models.data import DataModule
+from nat_models.engine.checkpoint import read_checkpoint
+from nat_models.engine.checkpoint_io import PREVIOUS
 from nat_models.engine.errors import NonFiniteStepsError
 from nat_models.engine.last_checkpoint import LastCheckpoint
+from nat_models.engine.position import Position
 
 FIELDS = ("step", "epoch", "batch", "rank", "sample")
 
@@ -19,7 +23,8 @@ class SkipNonFiniteSteps(Callback):
     """Leaves out optimiser steps whose gradient is not finite, which it is not where the loss is not.
 
     The weights and the state of the optimiser stay as they are. The number of steps left out so far is logged as
-    `train/skipped_steps`, the samples of their batches are appended to a file.
+    `train/skipped_steps`, the samples of their batches are appended to a file. As the weights may have diverged while
+    they were still finite, no `LastCheckpoint` is written until a step is finite again.
 
     With fp16, `GradScaler` leaves such steps out as a matter of course, to find the scale that fits. They count only
     when the scale has come down to 1, where it cannot be the reason any more.
@@ -38,6 +43,7 @@ class SkipNonFiniteSteps(Callback):
         self.max_consecutive = max_consecutive
         self.max_total = max_total
         self.consecutive = self.total = 0
+        self._first = 0  # of the consecutive ones, counted as `global_step`
 
     def on_before_optimizer_step(
         self, trainer: lightning.Trainer, pl_module: lightning.LightningModule, optimizer: torch.optim.Optimizer
@@ -49,9 +55,14 @@ class SkipNonFiniteSteps(Callback):
         norm: Any = torch.nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None])
         if hasattr(norm, "full_tensor"):  # of sharded parameters
             norm = norm.full_tensor()
-        if norm.isfinite():
+        is_finite = bool(norm.isfinite())
+        for callback in _last_checkpoints(trainer):
+            callback.is_held = not is_finite
+        if is_finite:
             self.consecutive = 0
             return
+        if self.consecutive == 0:
+            self._first = trainer.global_step
         optimizer.zero_grad()  # optimisers leave parameters without a gradient alone
         self.consecutive += 1
         self.total += 1
@@ -65,10 +76,10 @@ class SkipNonFiniteSteps(Callback):
         pl_module.log("train/skipped_steps", float(self.total))
 
     def state_dict(self) -> dict[str, Any]:
-        return {"consecutive": self.consecutive, "total": self.total}
+        return {"total": self.total}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        self.consecutive, self.total = state_dict["consecutive"], state_dict["total"]
+        self.total = state_dict["total"]
 
     def _record(self, trainer: lightning.Trainer) -> None:
         """Appends the samples of all ranks' batches of this step to the file."""
@@ -89,13 +100,23 @@ class SkipNonFiniteSteps(Callback):
                 csv.writer(file).writerows([FIELDS, *rows] if is_new else rows)
 
     def _message(self, trainer: lightning.Trainer) -> str:
-        callbacks: list[Callback] = trainer.callbacks  # type: ignore[attr-defined]
-        saved = [callback.path for callback in callbacks if isinstance(callback, LastCheckpoint)]
-        good = next(
-            (f"the last good checkpoint is {path}" for path in saved if path.exists()), "no checkpoint was saved"
-        )
         return (
             f"the loss or the gradient was not finite in {self.consecutive} steps in a row and {self.total} in all; "
             f"callbacks.non_finite allows max_consecutive={self.max_consecutive} and max_total={self.max_total}; "
-            f"{good}; {self.path} lists the samples of these steps' batches"
+            f"{self._last_good(trainer)}; {self.path} lists the samples of these steps' batches"
         )
+
+    def _last_good(self, trainer: lightning.Trainer) -> str:
+        """Names the last checkpoint from which a step was finite: the very weights may have diverged of one without."""
+        for last in _last_checkpoints(trainer):
+            for path in (last.path, last.path.with_name(PREVIOUS)):
+                with suppress(OSError, ValueError):  # missing or damaged
+                    step = Position.of(read_checkpoint(path)).step
+                    if step < self._first:
+                        return f"the last good checkpoint is {path}, of step {step}"
+        return "no checkpoint is known to be good, as no step from one was finite"
+
+
+def _last_checkpoints(trainer: lightning.Trainer) -> list[LastCheckpoint]:
+    callbacks: list[Callback] = trainer.callbacks  # type: ignore[attr-defined]
+    return [callback for callback in callbacks if isinstance(callback, LastCheckpoint)]

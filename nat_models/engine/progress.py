@@ -10,6 +10,7 @@ from lightning.pytorch.callbacks.progress.rich_progress import BatchesProcessedC
 from rich import get_console
 from rich.progress import TextColumn
 
+from nat_models.engine.classification import ClassificationModule
 from nat_models.engine.last_checkpoint import LastCheckpoint
 from nat_models.engine.step_times import GIB, StepTimes
 
@@ -65,8 +66,8 @@ class TrainingProgress(RichProgressBar):
         steps_done = trainer.global_step - self._first_step
         if steps_done == 0:
             return "-:--:--"
-        steps_left = trainer.estimated_stepping_batches - trainer.global_step
-        seconds = (time.monotonic() - self._fit_start) / steps_done * steps_left
+        module: ClassificationModule = trainer.lightning_module  # type: ignore[assignment]
+        seconds = (time.monotonic() - self._fit_start) / steps_done * module.steps_left()
         return str(timedelta(seconds=round(seconds)))
 
 

@@ -15,9 +15,10 @@ from nat_models.engine.checkpoint_io import LAST, PREVIOUS
 from nat_models.engine.claim import claim_folder
 from nat_models.engine.classification import ClassificationModule
 from nat_models.engine.csv_logger import drop_rows
-from nat_models.engine.errors import message_of
+from nat_models.engine.errors import in_sweep, message_of
 from nat_models.engine.files import remove_temporaries
 from nat_models.engine.position import Position
+from nat_models.engine.run_folder import read_results
 
 AUTO = "auto"
 LOGGER_IDS = {"WandbLogger": "id", "MLFlowLogger": "run_id"}  # their arguments
@@ -49,11 +50,10 @@ def choose_run(cfg: DictConfig) -> str | None:
     run_dir = new_dir
     is_default = HydraConfig.initialized() and Path(HydraConfig.get().runtime.output_dir) == new_dir.absolute()
     if is_default and not _checkpoints(new_dir):
-        runs = Path("runs") / HydraConfig.get().runtime.choices["experiment"]
-        newest = _newest_run(runs.absolute(), digest)
+        newest = _newest_run(digest, is_finished=False)
         if newest is None:
             cfg.ckpt_path = None
-            return f"ckpt_path=auto: {runs} holds no unfinished run with these settings; starting anew"
+            return f"ckpt_path=auto: {_runs()} holds no unfinished run with these settings; starting anew"
         run_dir = newest
     checkpoint, sentence = last_checkpoint(run_dir)
     cfg.ckpt_path = checkpoint and str(checkpoint)
@@ -61,6 +61,15 @@ def choose_run(cfg: DictConfig) -> str | None:
         _set_logger_ids(cfg, read_checkpoint(checkpoint).get("logger_ids", {}))
     cfg.run_dir = str(run_dir)
     return f"ckpt_path=auto: {sentence}"
+
+
+def finished_run(cfg: DictConfig) -> tuple[Path, dict[str, float]] | None:
+    """The newest finished run with these settings and its metrics, which a sweep with `ckpt_path=auto` leaves out."""
+    if cfg.ckpt_path != AUTO or not in_sweep():
+        return None
+    run_dir = _newest_run(config_digest(cfg), is_finished=True)
+    results = None if run_dir is None else read_results(run_dir)
+    return None if run_dir is None or results is None else (run_dir, results["metrics"])
 
 
 def last_checkpoint(run_dir: Path) -> tuple[Path | None, str]:
@@ -95,7 +104,7 @@ def continue_run(
     """
     run_dir, position = Path(cfg.run_dir), Position(0, 0, 0)
     if cfg.ckpt_path is not None:
-        check_resumable(cfg.ckpt_path, module)
+        check_resumable(cfg.ckpt_path, module, trainer, datamodule)
         if Path(cfg.ckpt_path).resolve().parent.parent != run_dir.resolve():
             check_unfinished(cfg.ckpt_path, trainer)
         position = Position.of(read_checkpoint(cfg.ckpt_path))
@@ -107,6 +116,7 @@ def continue_run(
         claim_folder(run_dir)
         for folder in (run_dir, run_dir / "csv", run_dir / "checkpoints"):
             remove_temporaries(folder)
+        (run_dir / "results.json").unlink(missing_ok=True)  # of before, when the run was to be shorter
         for path in (run_dir / "csv" / "metrics.csv", run_dir / "skipped_steps.csv"):
             drop_rows(path, position.step)
 
@@ -124,12 +134,17 @@ def _checkpoints(run_dir: Path) -> list[Path]:
     return [folder / name for name in (LAST, PREVIOUS) if (folder / name).exists()]
 
 
-def _newest_run(runs: Path, digest: str) -> Path | None:
-    """The newest run below a folder that has these settings, a checkpoint and no results."""
-    candidates = sorted(runs.glob("**/manifest.json"), key=lambda path: path.stat().st_mtime, reverse=True)
-    for manifest in candidates:
+def _runs() -> Path:
+    """The folder of this experiment's runs."""
+    return Path("runs") / HydraConfig.get().runtime.choices["experiment"]
+
+
+def _newest_run(digest: str, is_finished: bool) -> Path | None:
+    """The newest run of this experiment that has these settings, a checkpoint, and results or none."""
+    manifests = _runs().absolute().glob("**/manifest.json")
+    for manifest in sorted(manifests, key=lambda path: path.stat().st_mtime, reverse=True):
         run_dir = manifest.parent
-        unfinished = _checkpoints(run_dir) and not (run_dir / "results.json").exists()
-        if unfinished and json.loads(manifest.read_text()).get("config_digest") == digest:
+        is_wanted = _checkpoints(run_dir) and (read_results(run_dir) is not None) == is_finished
+        if is_wanted and json.loads(manifest.read_text()).get("config_digest") == digest:
             return run_dir
     return None

@@ -104,6 +104,15 @@ def read_data_config(run_dir: Path) -> dict[str, Any]:
     return {"input_size": (data.get("in_chans", 3), height, width)} | same
 
 
+def read_results(folder: Path) -> dict[str, Any] | None:
+    """What `results.json` of a run folder, or of an evaluation's, holds; None if there is none or it is damaged."""
+    try:
+        results = json.loads((folder / "results.json").read_text(encoding="utf-8"))
+    except (FileNotFoundError, ValueError):
+        return None
+    return results if isinstance(results, dict) else None
+
+
 def manifest(
     seed: int, datamodule: DataModule, world_size: int, device: torch.device, patch: bytes | None
 ) -> dict[str, Any]:

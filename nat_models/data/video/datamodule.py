@@ -10,7 +10,7 @@ from lightning.pytorch.overrides.distributed import UnrepeatedDistributedSampler
 from torch import Tensor
 from torch.utils.data import DataLoader, default_collate
 
-from nat_models.data.datamodule import check_img_size, check_positive_int, split_augmentation
+from nat_models.data.datamodule import check_img_size, split_augmentation
 from nat_models.data.datasets import read_undecodable
 from nat_models.data.device_transforms import DeviceTransform
 from nat_models.data.seeding import SeededSamples, TrainingSampler
@@ -19,8 +19,9 @@ from nat_models.data.video.dataset import EvaluationViews, TrainingClips, VideoO
 from nat_models.data.video.decoding import check_decoder, decoder_version
 from nat_models.data.video.moving_digits import write_moving_digits
 from nat_models.data.video.sampling import Sampling
-from nat_models.data.video.transforms import evaluation_transform, training_transform
+from nat_models.data.video.transforms import INTERPOLATIONS, evaluation_transform, training_transform
 from nat_models.data.workers import ignore_preemption
+from nat_models.settings import check_choice, check_number, check_settings
 
 
 class VideoDataModule(lightning.LightningDataModule):
@@ -91,13 +92,14 @@ class VideoDataModule(lightning.LightningDataModule):
         static_baseline: bool = False,
     ) -> None:
         super().__init__()
-        check_positive_int("data.batch_size", batch_size)
-        check_positive_int("data.eval_batch_size", batch_size if eval_batch_size is None else eval_batch_size)
-        check_positive_int("data.repeats", repeats)
+        check_number("data.batch_size", batch_size, 1, whole=True)
+        check_number("data.eval_batch_size", batch_size if eval_batch_size is None else eval_batch_size, 1, whole=True)
+        check_number("data.repeats", repeats, 1, whole=True)
         if batch_size % repeats:
             raise ValueError(f"data.repeats={repeats} must divide data.batch_size={batch_size}")
-        if not isinstance(num_workers, int) or num_workers < 0:
-            raise ValueError(f"data.num_workers must be 0 or a positive integer, got {num_workers!r}")
+        check_number("data.num_workers", num_workers, 0, whole=True)
+        check_choice("data.interpolation", interpolation, INTERPOLATIONS)
+        check_settings("data.sampling", sampling or {}, Sampling)
         if decoder == "torchcodec-cuda" and num_workers:
             raise ValueError(f"data.decoder={decoder!r} works in the main process: data.num_workers must be 0")
         if root is None:
@@ -120,6 +122,7 @@ class VideoDataModule(lightning.LightningDataModule):
         self.eval_batch_size = eval_batch_size or batch_size
         self.num_workers = num_workers
         self.augmentation, erasing = split_augmentation(augmentation)
+        check_settings("data.augmentation", self.augmentation, training_transform, given=("size", "interpolation"))
         self.device_transform = DeviceTransform(self.mean, self.std, 3, erasing)
         self.repeats = repeats
         self.seed = seed
@@ -275,5 +278,5 @@ def _check_views(name: str, views: dict[str, int] | None) -> tuple[int, int]:
     if views.keys() != {"clips", "crops"}:
         raise ValueError(f"{name} must hold clips and crops, got {sorted(views)}")
     for key, value in views.items():
-        check_positive_int(f"{name}.{key}", value)
+        check_number(f"{name}.{key}", value, 1, whole=True)
     return views["clips"], views["crops"]

@@ -9,6 +9,8 @@ from typing import Literal
 import torch
 from torch import Generator
 
+from nat_models.settings import check_number
+
 
 @dataclass(frozen=True)
 class Sampling:
@@ -37,9 +39,7 @@ class Sampling:
 
     def __post_init__(self) -> None:
         for name in ("num_frames", "stride"):
-            value = getattr(self, name)
-            if not isinstance(value, int) or isinstance(value, bool) or value < 1:
-                raise ValueError(f"data.sampling.{name} must be a positive integer, got {value!r}")
+            check_number(f"data.sampling.{name}", getattr(self, name), 1, whole=True)
         if self.mode not in ("dense", "uniform"):
             raise ValueError(f"data.sampling.mode must be dense or uniform, got {self.mode!r}")
         if self.frame_rate is not None and not self.frame_rate > 0:

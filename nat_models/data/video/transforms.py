@@ -10,6 +10,7 @@ from torchvision.transforms import v2  # type: ignore[import-untyped]
 from torchvision.transforms.v2 import functional as F  # type: ignore[import-untyped]
 
 Transform = Callable[[Tensor], Tensor]
+INTERPOLATIONS = ("nearest", "nearest-exact", "bilinear", "bicubic")  # what torchvision has for tensors
 
 
 def training_transform(
