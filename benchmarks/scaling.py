@@ -1,17 +1,18 @@
-"""Time of neighborhood attention against the number of tokens, which should grow in proportion.
+"""Time of neighborhood attention against the number of tokens, which should be a line.
 
     python benchmarks/scaling.py --out results/scaling.csv
 
 Maps of 64 x 64 to 1024 x 1024 tokens with windows of 7 x 7 and 13 x 13, and clips of 8 x 32 x 32 to 64 x 96 x 96 with
-windows of 5 x 5 x 5; one sample, 4 heads of 32. `times_linear` is the time of a token over that of the series' largest
-problem: 1 is linear growth, and more what a small problem leaves unused of the GPU. Writes a PNG beside the CSV.
-Checked and timed as in `timing.py`.
+windows of 5 x 5 x 5; one sample, 4 heads of 32. A line is fitted to each series by relative errors: `start_us`, what a
+call takes however small it is, and `ns_per_token`. `times_line` is the time over the line's: 1 is linear growth.
+Writes a PNG beside the CSV. Checked and timed as in `timing.py`.
 """
 
 import argparse
 from pathlib import Path
 
 import matplotlib
+import numpy as np
 import torch
 from attention import Row, print_table
 from problems import Problem
@@ -38,6 +39,16 @@ SERIES = {
 TINY = {"map, 3 x 3": [_map(side, 3) for side in (4, 8)]}
 
 
+def fit_line(rows: list[Row]) -> None:
+    """Adds to two or more rows of one series the line that fits them best, and how far each is from it."""
+    if len(rows) < 2:
+        return
+    tokens, times = (np.array([row[name] for row in rows], dtype=float) for name in ("tokens", "ms"))
+    (start, rate), *_ = np.linalg.lstsq(np.stack([1 / times, tokens / times], axis=1), np.ones(len(rows)))
+    for row, time, line in zip(rows, times, start + rate * tokens, strict=True):
+        row |= {"start_us": 1e3 * start, "ns_per_token": 1e6 * rate, "times_line": time / line}
+
+
 def plot(rows: list[Row], path: Path) -> None:
     """Milliseconds by tokens, one panel for each pass, beside lines of linear growth."""
     matplotlib.use("Agg")
@@ -57,7 +68,7 @@ def plot(rows: list[Row], path: Path) -> None:
                 panel.loglog(tokens, [times[-1] * n / tokens[-1] for n in tokens], ":", color=f"C{i}")
         panel.set_title({"fwd": "forward", "bwd": "backward"}[name])
         panel.set_xlabel("tokens")
-    panels[0].set_ylabel("milliseconds (dotted: linear)")
+    panels[0].set_ylabel("milliseconds (dotted: in proportion)")
     panels[0].legend()
     figure.suptitle(f"{rows[0]['device']}, {rows[0]['dtype']}, torch {rows[0]['torch']}, triton {rows[0]['triton']}")
     figure.savefig(path, dpi=150)
@@ -82,11 +93,10 @@ def main() -> None:
             for name, result in results.items():
                 row: Row = {"series": series, "size": size, "tokens": problem.tokens, "pass": name}
                 rows.append(row | {"dtype": options.dtype} | result | where)
-    for row in rows:
-        largest = [other for other in rows if (other["series"], other["pass"]) == (row["series"], row["pass"])][-1]
-        if "ms" in row and "ms" in largest:
-            row["times_linear"] = row["ms"] / row["tokens"] / (largest["ms"] / largest["tokens"])  # type: ignore[operator]
-    columns = ["series", "size", "tokens", "pass", "dtype", "status", "ms", "times_linear", "max_error"]
+    for series, name in dict.fromkeys((row["series"], row["pass"]) for row in rows):
+        fit_line([row for row in rows if (row["series"], row["pass"]) == (series, name) and "ms" in row])
+    columns = ["series", "size", "tokens", "pass", "dtype", "status", "ms", "start_us", "ns_per_token"]
+    columns += ["times_line", "max_error"]
     write_csv(options.out, [{name: row.get(name, "") for name in [*columns, *where]} for row in rows])
     plot(rows, options.out.with_suffix(".png"))
     print_table(rows, columns)

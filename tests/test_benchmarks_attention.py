@@ -199,12 +199,24 @@ def test_local_attention_script(tmp_path: Path) -> None:
     assert out.with_suffix(".png").read_bytes().startswith(b"\x89PNG")
 
 
+def test_the_fitted_line() -> None:
+    from scaling import fit_line
+
+    rows: list[dict] = [{"tokens": tokens, "ms": 0.004 + 1e-6 * tokens} for tokens in (1000, 4000, 16000)]
+    fit_line(rows)
+    assert [row["start_us"] for row in rows] == pytest.approx([4] * 3)
+    assert [row["ns_per_token"] for row in rows] == pytest.approx([1] * 3)
+    rows[1]["ms"] *= 1.5
+    fit_line(rows)
+    assert rows[1]["times_line"] > 1.2 and rows[0]["times_line"] < 1
+
+
 def test_scaling_script(tmp_path: Path) -> None:
     out = tmp_path / "scaling.csv"
     run("scaling.py", "--dtype", "float32", "--out", str(out))
     rows = read(out)
     assert len(rows) == 2 * 2 and {row["status"] for row in rows} == {"ok"}
-    assert [float(row["times_linear"]) for row in rows[2:]] == [1.0, 1.0]
+    assert [float(row["times_line"]) for row in rows] == pytest.approx([1.0] * 4)  # a line goes through two points
     assert out.with_suffix(".png").read_bytes().startswith(b"\x89PNG")
 
 
