@@ -30,14 +30,17 @@ def published_models() -> list[dict[str, str]]:
         return list(csv.DictReader(file))
 
 
-def measured_models() -> dict[str, dict[str, dict[str, dict[str, str]]]]:
-    """What `benchmarks/models.py` measured: device -> model -> mode ("train", "inference") -> row of its table."""
-    measured: dict[str, dict[str, dict[str, dict[str, str]]]] = {}
+def measured_models() -> dict[str, dict[str, dict[str, str]]]:
+    """Images per second that `benchmarks/models.py` measured: how -> model -> mode ("train", "inference") -> rate."""
+    measured: dict[str, dict[str, dict[str, str]]] = {}
     for path in sorted(RESULTS.glob("models_*.csv")):
         with path.open(newline="") as file:
             for row in csv.DictReader(file):
                 if row.get("status") == "ok":
-                    measured.setdefault(row["device"], {}).setdefault(row["model"], {})[row["mode"]] = row
+                    graphs = " with CUDA graphs" if row["cuda_graphs"] == "yes" else ""
+                    how = f"compiled{graphs}, on {row['device']}: {row['dtype']}, batch {row['batch_size']}"
+                    how += f", torch {row['torch']}, commit {row['commit']}"
+                    measured.setdefault(how, {}).setdefault(row["model"], {})[row["mode"]] = row["images_per_s"]
     return measured
 
 
@@ -63,19 +66,17 @@ def main(arguments: list[str] | None = None) -> None:
 
 
 def _measured_columns(names: list[str]) -> tuple[dict[str, list[str]], list[str]]:
-    """Two columns for each device that any of these models was measured on, and a note on how."""
+    """Two columns for each way in which any of these models was measured, and a note on it."""
     columns: dict[str, list[str]] = {}
     notes: list[str] = []
-    for device, models in measured_models().items():
-        found = [row for name in names for row in models.get(name, {}).values()]
-        if not found:
+    for how, models in measured_models().items():
+        if models.keys().isdisjoint(names):
             continue
         number = len(notes) + 1
         for mode in ("train", "inference"):
-            rates = [models.get(name, {}).get(mode, {}).get("images_per_s") for name in names]
+            rates = [models.get(name, {}).get(mode) for name in names]
             columns[f"{mode} [{number}]"] = ["-" if rate is None else f"{float(rate):.0f}" for rate in rates]
-        how = f"{found[0]['dtype']}, batch {found[0]['batch_size']}, torch {found[0]['torch']}"
-        notes.append(f"[{number}] images per second, compiled, on {device}: {how}, commit {found[0]['commit']}")
+        notes.append(f"[{number}] images per second, {how}")
     return columns, notes
 
 

@@ -41,9 +41,10 @@ def names(lines: list[str]) -> list[str]:
 
 
 def test_command() -> None:
+    """As in the README, with what was measured, which notes below the table tell."""
     command = [sys.executable, "-m", "nat_models.list", "nat_*"]
     output = subprocess.run(command, capture_output=True, text=True, cwd=Path(__file__).parent, check=True).stdout
-    header, *lines = output.splitlines()
+    header, *lines = [line for line in output.splitlines() if not line.startswith("[")]
     assert header.split("  ")[0] == "model" and "weights" in header.split()
     assert names(lines) == [
         "nat_mini", "nat_tiny", "nat_small", "nat_base", "nat_isotropic_small", "nat_isotropic_base",
@@ -61,15 +62,15 @@ def results(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 def test_throughput_where_it_was_measured(results: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    columns = "model,mode,batch_size,dtype,status,images_per_s,device,torch,commit"
+    columns = "model,mode,batch_size,dtype,cuda_graphs,status,images_per_s,device,torch,commit"
     rows = [
-        "nat_tiny,train,64,bfloat16,ok,1234.56,GPU A,2.11.0,abc",
-        "nat_tiny,inference,64,bfloat16,ok,9876.5,GPU A,2.11.0,abc",
-        "nat_mini,inference,64,bfloat16,wrong: logits_error 0.1,,GPU A,2.11.0,abc",
-        "resnet50,train,64,bfloat16,ok,1,GPU A,2.11.0,abc",
+        "nat_tiny,train,64,bfloat16,yes,ok,1234.56,GPU A,2.11.0,abc",
+        "nat_tiny,inference,64,bfloat16,yes,ok,9876.5,GPU A,2.11.0,abc",
+        "nat_mini,inference,64,bfloat16,yes,wrong: logits_error 0.1,,GPU A,2.11.0,abc",
+        "resnet50,train,64,bfloat16,yes,ok,1,GPU A,2.11.0,abc",
     ]
     (results / "models_a.csv").write_text("\n".join([columns, *rows]) + "\n")
-    (results / "models_b.csv").write_text(f"{columns}\nnat_mini,train,8,float32,ok,7,GPU B,2.11.0,def\n")
+    (results / "models_b.csv").write_text(f"{columns}\nnat_mini,train,8,float32,no,ok,7,GPU B,2.11.0,def\n")
     (results / "models_cpu.csv").write_text("model,mode,images_per_s,device\nnat_mini,forward,3.2,CPU\n")
     main(["nat_*i*"])
     header, *lines = capsys.readouterr().out.splitlines()
@@ -77,7 +78,7 @@ def test_throughput_where_it_was_measured(results: Path, capsys: pytest.CaptureF
     measured = {line.split()[0]: line.split()[6:] for line in lines[:-2]}
     assert measured["nat_tiny"] == ["1235", "9876", "-", "-"] and measured["nat_mini"] == ["-", "-", "7", "-"]
     assert lines[-2:] == [
-        "[1] images per second, compiled, on GPU A: bfloat16, batch 64, torch 2.11.0, commit abc",
+        "[1] images per second, compiled with CUDA graphs, on GPU A: bfloat16, batch 64, torch 2.11.0, commit abc",
         "[2] images per second, compiled, on GPU B: float32, batch 8, torch 2.11.0, commit def",
     ]
     main(["dinat_tiny"])
