@@ -13,7 +13,7 @@ import torch
 from problems import Problem
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
-from torch.nn.attention.flex_attention import create_block_mask, flex_attention
+from torch.nn.attention.flex_attention import BlockMask, create_block_mask, flex_attention
 from torch.nn.functional import scaled_dot_product_attention
 
 from fused_na import neighborhood_attention
@@ -104,7 +104,7 @@ def flex(problem: Problem, dtype: torch.dtype, device: torch.device, has_rpb: bo
     compiled = device.type == "cuda"
     torch._dynamo.reset()  # every problem is compiled anew, and only so many versions of one function are allowed
     attends, place = rule(problem.axes)
-    block_mask = create_block_mask(attends, None, None, problem.tokens, problem.tokens, device, _compile=compiled)
+    mask = block_mask(attends, problem.tokens, device)
 
     def run(query: Tensor, key: Tensor, value: Tensor, rpb: Tensor | None) -> Tensor:
         score_mod = None
@@ -115,9 +115,18 @@ def flex(problem: Problem, dtype: torch.dtype, device: torch.device, has_rpb: bo
                 return score + bias[head, place(query, key)]
 
         heads_first = map(_heads_first, (query, key, value))
-        return _heads_last(flex_attention(*heads_first, score_mod=score_mod, block_mask=block_mask), query.shape)
+        return _heads_last(flex_attention(*heads_first, score_mod=score_mod, block_mask=mask), query.shape)
 
     return torch.compile(run, fullgraph=True, dynamic=False) if compiled else run, problem
+
+
+def block_mask(attends: Callable[..., Tensor], tokens: int, device: torch.device) -> BlockMask:
+    """FlexAttention's mask; by a compiled function where not all pairs of tokens fit into memory.
+
+    Elsewhere that costs minutes for nothing: the function sorts blocks, which for 65 to 128 of them compiles slowly.
+    """
+    is_large = device.type == "cuda" and tokens**2 > 1 << 28
+    return create_block_mask(attends, None, None, tokens, tokens, device, _compile=is_large)
 
 
 def rule(axes: tuple[Axis, ...]) -> tuple[Callable[..., Tensor], Callable[[Tensor, Tensor], Tensor]]:

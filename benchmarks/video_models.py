@@ -25,13 +25,13 @@ from unittest.mock import patch
 import timm
 import torch
 import torchvision
-from providers import rule
+from providers import block_mask, rule
 from record import ROOT, write_csv
 from rich.console import Console
 from rich.table import Table
 from timing import provenance
 from torch import Tensor, nn
-from torch.nn.attention.flex_attention import create_block_mask, flex_attention
+from torch.nn.attention.flex_attention import flex_attention
 from torchvision.models.video import mvit
 from turns import alone, join
 
@@ -71,7 +71,7 @@ class Flex:
             return query
         attends, place = rule(tuple(map(Axis, *problem)))
         tokens, device = query.shape[1:-2].numel(), query.device
-        mask = create_block_mask(attends, None, None, tokens, tokens, device, _compile=device.type == "cuda")
+        mask = block_mask(attends, tokens, device)
         self.problems[problem] = (mask, place)
         inputs = [torch.randn(x.shape, dtype=x.dtype, device=device) for x in (query, key, value)]
         *others, rpb = options
