@@ -2,14 +2,16 @@
 
 MODEL is a `nat_stream_*` name in timm's registry, with the weights of `--checkpoint FILE`; RUN a run folder of
 `train.py`, or a checkpoint in one. VIDEO is whatever FFmpeg opens: a file, a stream's address, a camera's device.
-`--annotate` also writes a copy of it with the running prediction drawn into each frame.
+`--annotate` also writes a copy of it with the running prediction drawn into each frame. A RUN takes frames as far apart
+as those of its clips, MODEL 15 a second; `--rate` sets another number.
 """
 
 import argparse
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import ExitStack
 from dataclasses import dataclass
+from pathlib import Path
 from statistics import median
 from time import perf_counter
 
@@ -18,6 +20,8 @@ import torch
 from nat_models.data.video.annotated_copy import AnnotatedCopy, Frame, copy_paths, read_frames
 from nat_models.nat_stream import NATStream
 from nat_models.predict import Predictor, add_annotate_option, add_model_options, load
+
+MODEL_RATE = 15.0  # frames a second for a registered model: every second one of most videos, as the recipes train
 
 
 @dataclass
@@ -37,22 +41,26 @@ class Answer:
 
 @torch.no_grad()
 def classify(
-    predictor: Predictor, frames: Iterator[Frame], rate: float, compiled: bool
+    predictor: Predictor, frames: Iterable[Frame], rate: float | None, compiled: bool
 ) -> Iterator[tuple[Frame, Answer]]:
     """Every frame with the answer that stands then; frames that come faster than `rate` a second leave it as it was.
 
     Args:
         predictor: of a `NATStream`.
         frames: from `read_frames`.
-        rate: frames a second for the model.
+        rate: frames a second for the model; None: those of a dense clip of `predictor.views`.
         compiled: compile the steps, on a GPU into CUDA graphs; the first ones then take long.
 
     Raises:
-        ValueError: the model is no streaming model.
+        ValueError: the model is no streaming model, or `rate` is None and the clips have none.
     """
     model = predictor.model
     if not isinstance(model, NATStream):
         raise ValueError(f"the model must be a streaming one (nat_stream_*), got a {type(model).__name__}")
+    assert predictor.views is not None  # as of every model of clips
+    sampling = predictor.views.sampling
+    if rate is None and sampling.mode != "dense":
+        raise ValueError(f"--rate must be given: clips of data.sampling.mode={sampling.mode} have no fixed rate")
     device = next(model.parameters()).device
     in_chans, height, width = predictor.data_config["input_size"]
     step = torch.compile(model.step, dynamic=False, mode="reduce-overhead") if compiled else model.step
@@ -64,7 +72,8 @@ def classify(
             due, state = time, model.init_state(1, height, width)
         last = time
         if time >= due - 1e-3:  # timestamps are rounded to the file's time base
-            due = max(due + 1 / rate, time)  # after a gap, go on from there
+            interval = 1 / rate if rate is not None else sampling.interval(float(frame.rate))
+            due = max(due + interval, time)  # after a gap, go on from there
             begin = perf_counter()
             pixels = predictor.transform(frame.image.convert("L" if in_chans == 1 else "RGB")).to(device)
             logits, state = step(pixels[None, :, None], state)
@@ -79,13 +88,14 @@ def parse_arguments(arguments: list[str] | None) -> argparse.Namespace:
     parser.add_argument("model", metavar="MODEL_OR_RUN", help="nat_stream_* name, or run folder of train.py")
     parser.add_argument("video", metavar="VIDEO", help="file, address or device that FFmpeg opens")
     parser.add_argument(
-        "--rate", type=float, default=15.0, metavar="FPS", help="frames a second for the model (default: %(default)s)"
-    )
+        "--rate", type=float, metavar="FPS",
+        help=f"frames a second for the model (default: as the run's clips; {MODEL_RATE:g} for a registered model)",
+    )  # fmt: skip
     parser.add_argument("--compile", action="store_true", help="with torch.compile")
     add_annotate_option(parser)
     add_model_options(parser)
     options = parser.parse_args(arguments)
-    if not options.rate > 0:
+    if options.rate is not None and not options.rate > 0:
         parser.error(f"--rate must be positive, got {options.rate}")
     return options
 
@@ -98,9 +108,10 @@ def main(arguments: list[str] | None = None) -> None:
     try:
         copy = None if options.annotate is None else copy_paths(options.annotate, [options.video])[0]
         predictor = load(options)
+        rate = MODEL_RATE if options.rate is None and not Path(options.model).exists() else options.rate
         with ExitStack() as stack:
             writer = None if copy is None else stack.enter_context(AnnotatedCopy(copy))
-            for frame, answer in classify(predictor, read_frames(options.video), options.rate, options.compile):
+            for frame, answer in classify(predictor, read_frames(options.video), rate, options.compile):
                 if answer is not printed:
                     latencies.append(answer.latency)
                     printed = answer
