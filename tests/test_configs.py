@@ -153,6 +153,15 @@ def test_video_recipe_states_its_source_and_builds(tmp_path, videos, name):
     assert (cfg.data.augmentation.hflip == 0) == directional and (cfg.data.sampling.mode == "uniform") == directional
 
 
+def test_the_model_is_for_clips_of_the_length_of_the_data(tmp_path, videos):
+    overrides = ["experiment=kinetics400/nat_stream_tiny", *video_data(videos), *TINY, "data.sampling.num_frames=6"]
+    cfg = compose_train(tmp_path, *overrides)
+    assert build_module(cfg, build_datamodule(cfg), build_trainer(cfg)).model.num_frames == 6
+    cfg = compose_train(tmp_path, *overrides, "model.model_kwargs.num_frames=32")
+    with pytest.raises(ValueError, match="num_frames must be data.sampling.num_frames=6, got 32"):
+        build_module(cfg, build_datamodule(cfg), build_trainer(cfg))
+
+
 def video_data(root) -> list[str]:
     lists = ["data.train_list=train.csv", "data.val_list=validation.csv", "data.num_classes=null"]
     devices = ["trainer.accelerator=cpu", "trainer.devices=1", "data.num_workers=0", "data.batch_size=2"]
