@@ -1,6 +1,7 @@
 """Video models: sizes, timm's contract, clips of any size, and inflated image models."""
 
 import copy
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -328,7 +329,8 @@ def test_image_weights_for_other_heads_channels_windows_and_positions(tmp_path: 
     path = save(golden("nat")[1], tmp_path / "weights.safetensors")
     config = video_config("nat") | dict(num_classes=3, in_chans=1, kernel_size=(3, 5, 5))
     overlay = dict(file=str(path))
-    model = timm.create_model("nat3d_mini", pretrained=True, pretrained_cfg_overlay=overlay, **config)
+    with pytest.warns(UserWarning, match=r"this NAT3D will not answer as the image model .* \(levels.0.blocks.0"):
+        model = timm.create_model("nat3d_mini", pretrained=True, pretrained_cfg_overlay=overlay, **config)
     report = model.load_report
     assert {"head.weight", "head.bias"} <= set(report.reinitialised)
     assert {"patch_embed.proj.0.weight", "levels.0.blocks.0.attn.rpb"} <= set(report.resized)
@@ -338,6 +340,24 @@ def test_image_weights_for_other_heads_channels_windows_and_positions(tmp_path: 
         "nat3d_mini", pretrained=True, pretrained_cfg_overlay=overlay, **config | dict(position="rope")
     )
     assert rotary.load_report.ignored and all(key.endswith(".rpb") for key in rotary.load_report.ignored)
+
+
+def test_full_attention_inflates_to_neighborhoods_of_the_map_or_with_a_warning(tmp_path: Path) -> None:
+    small: dict[str, Any] = dict(embed_dim=8, depth=1, num_heads=1, num_classes=5)
+    image_model = timm.create_model("vitrpb_small", img_size=64, **small).eval()
+    nn.init.normal_(image_model.layers[0].attn.rpb)
+    overlay = dict(file=str(save(image_model.state_dict(), tmp_path / "weights.pth")), num_classes=5)
+    image = torch.randn(1, 3, 64, 64)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        model = timm.create_model(
+            "nat_iso3d_small", pretrained=True, pretrained_cfg_overlay=overlay, kernel_size=(3, 4, 4), **small
+        ).eval()
+    clip = image.unsqueeze(2).repeat_interleave(4, 2)
+    with torch.no_grad():
+        torch.testing.assert_close(model(clip), image_model(image), atol=1e-4, rtol=1e-4)
+    with pytest.warns(UserWarning, match="this NATIso3D will not answer as the image model"):
+        timm.create_model("nat_iso3d_small", pretrained=True, pretrained_cfg_overlay=overlay, **small)
 
 
 def test_inflation_into_a_model_already_built(tmp_path: Path) -> None:
