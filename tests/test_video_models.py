@@ -27,6 +27,7 @@ from nat_models.layers import Block, TubeletConv
 TARGETS = {  # clip, millions of parameters with 400 classes, 10^9 multiply-adds of a view at 224 x 224
     "nat3d_mini": (32, 19.6, 58),
     "nat3d_tiny": (32, 27.5, 89),
+    "nat3d_tiny_strided": (32, 27.5, 89),
     "nat3d_small": (32, 50, 155),
     "nat3d_base": (32, 89, 261),
     "dinat3d_tiny": (32, 27.5, 89),
@@ -72,6 +73,14 @@ def test_dilations_alternate_between_time_and_space() -> None:
         model = timm.create_model("dinat3d_tiny")
     dilations = [[block.attn.dilation for block in stage.blocks[:3]] for stage in model.stages]
     assert dilations == [[(2, 1, 1), (1, d, d), (2, 1, 1)] for d in (8, 4, 2, 1)]
+
+
+def test_the_strided_preset_shares_neighborhoods() -> None:
+    with torch.device("meta"):
+        model, default = timm.create_model("nat3d_tiny_strided"), timm.create_model("nat3d_tiny")
+    attention = [module for module in model.modules() if isinstance(module, ClipAttention)]
+    assert {(module.kernel_size, module.stride) for module in attention} == {((7, 7, 7), (2, 4, 4))}
+    assert [p.shape for p in model.parameters()] == [p.shape for p in default.parameters()]
 
 
 # --- attention -------------------------------------------------------------------------------------------------------
