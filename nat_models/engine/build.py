@@ -104,7 +104,7 @@ def build_module(cfg: DictConfig, datamodule: DataModule, trainer: lightning.Tra
             f"optim.schedule.cooldown_epochs={after}"
         )
     module = ClassificationModule(
-        **(model | ({"pretrained": False} if cfg.ckpt_path is not None else {})),
+        **(model | ({"pretrained": False, "init_from_image": None} if cfg.ckpt_path is not None else {})),
         num_classes=len(datamodule.classes),
         class_names=datamodule.classes,
         in_chans=datamodule.in_chans,
