@@ -8,7 +8,7 @@ as those of its clips, MODEL 15 a second; `--rate` sets another number.
 
 import argparse
 import sys
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
@@ -32,11 +32,13 @@ class Answer:
         time: of the frame, in seconds from the first one.
         latency: seconds from the decoded frame to the classes, preparing the frame included.
         prediction: the most likely classes with their probabilities.
+        is_new: whether the frame gave the model a map; every second one only waits for the next, at next to no cost.
     """
 
     time: float
     latency: float
     prediction: list[tuple[str, float]]
+    is_new: bool
 
 
 @torch.no_grad()
@@ -76,11 +78,27 @@ def classify(
             due = max(due + interval, time)  # after a gap, go on from there
             begin = perf_counter()
             pixels = predictor.transform(frame.image.convert("L" if in_chans == 1 else "RGB")).to(device)
+            is_new = state.phase == 0
             logits, state = step(pixels[None, :, None], state)
             state = state.clone() if compiled else state
             prediction = predictor.most_likely(logits[0, -1].float().softmax(-1))
-            answer = Answer(time, perf_counter() - begin, prediction)
+            answer = Answer(time, perf_counter() - begin, prediction, is_new)
         yield frame, answer
+
+
+def summary(frames: int, latencies: Sequence[float], compiled: bool) -> str:
+    """The last line: the latencies, in seconds, of the frames with a new answer, but the first, which warm up.
+
+    Of compiled steps the first compiles, the second is recorded as a CUDA graph, and the third replays it first.
+    """
+    warm_up = 3 if compiled else 1
+    warm = latencies[warm_up:]
+    if not warm:
+        return f"{frames} frames, too few to tell a latency"
+    return (
+        f"{frames} frames, every second one with a new answer; latency of {len(warm)} of these, after {warm_up} to "
+        f"warm up: median {1e3 * median(warm):.1f} ms, longest {1e3 * max(warm):.1f} ms"
+    )
 
 
 def parse_arguments(arguments: list[str] | None) -> argparse.Namespace:
@@ -103,7 +121,7 @@ def parse_arguments(arguments: list[str] | None) -> argparse.Namespace:
 def main(arguments: list[str] | None = None) -> None:
     """Prints a line per frame; exits with status 2 and one line for what the user can correct."""
     options = parse_arguments(arguments)
-    latencies = []
+    count, latencies = 0, []  # of the new answers
     printed = None
     try:
         copy = None if options.annotate is None else copy_paths(options.annotate, [options.video])[0]
@@ -113,7 +131,8 @@ def main(arguments: list[str] | None = None) -> None:
             writer = None if copy is None else stack.enter_context(AnnotatedCopy(copy))
             for frame, answer in classify(predictor, read_frames(options.video), rate, options.compile):
                 if answer is not printed:
-                    latencies.append(answer.latency)
+                    count += 1
+                    latencies += [answer.latency] if answer.is_new else []
                     printed = answer
                     name, probability = answer.prediction[0]
                     latency = f"{1e3 * answer.latency:8.1f} ms"
@@ -125,11 +144,8 @@ def main(arguments: list[str] | None = None) -> None:
     except (ValueError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         raise SystemExit(2) from None
-    if latencies:
-        print(
-            f"{len(latencies)} frames, latency of a frame: median {1e3 * median(latencies):.1f} ms, "
-            f"longest {1e3 * max(latencies):.1f} ms"
-        )
+    if count:
+        print(summary(count, latencies, options.compile))
         if copy is not None:
             print(f"annotated copy in {copy}")
 
