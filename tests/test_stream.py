@@ -98,6 +98,27 @@ def test_latencies_are_those_of_new_answers_without_warming_up(video: Path, weig
     assert summary(2, latencies[:1], compiled=False) == "2 frames, too few to tell a latency"
 
 
+@pytest.mark.parametrize(("name", "reason"), [("cut.mkv", "its last"), ("cut.avi", "it is cut off or damaged")])
+def test_a_video_that_was_cut_off_ends_with_an_error(
+    name: str, reason: str, weights: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = write_video(tmp_path / name, codec="mpeg4")
+    path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
+    command = ["nat_stream_tiny", str(path), "--checkpoint", str(weights), *TINY_ARGUMENTS]
+    with pytest.raises(SystemExit, match="2"):
+        main([*command, "--rate", "30", "--annotate", str(tmp_path)])
+    out, err = capsys.readouterr()
+    frames = len(out.splitlines())
+    assert 4 < frames < 50 and err.startswith(f"error: cannot decode {path} after {frames} frames: {reason}")
+    assert not list(tmp_path.glob("*_annotated.mp4"))
+
+
+def test_frames_of_a_live_stream_may_be_lost(tmp_path: Path) -> None:
+    path = write_video(tmp_path / "cut.avi", codec="mpeg4")
+    path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
+    assert len(list(read_frames(path.as_uri()))) > 4  # an address, not a file
+
+
 VARIABLE = [0, 1, 5, 6, 20, 21, 22, 50, 51, 60]  # in 1/90 s
 
 
