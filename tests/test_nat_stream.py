@@ -208,12 +208,21 @@ def test_wrong_arguments_are_named() -> None:
     with pytest.raises(ValueError, match=r"stride in time must be 1 in streams, got \(2, 1, 1\)"):
         small(stride=(2, 1, 1))
     model = small()
-    with pytest.raises(ValueError, match="height must be at least 1, got 0"):
+    with pytest.raises(ValueError, match="height must be an integer, at least 1, got 0"):
         model.init_state(1, 0, 32)
     state = model.init_state(2, 32, 40)
-    for shape in ((1, 3, 1, 32, 40), (2, 3, 1, 40, 32)):
+    for shape in ((1, 3, 1, 32, 40), (2, 3, 1, 40, 32), (2, 1, 1, 32, 40), (2, 3, 32, 40)):
         with pytest.raises(ValueError, match=r"frames must be \[2, 3, T, 32, 40\] .* as the state, got"):
             model.step(torch.zeros(shape), state)
+    frame = torch.zeros(2, 3, 1, 32, 40)
+    for dtype in (torch.uint8, torch.float64):
+        with pytest.raises(ValueError, match=f"frames must be torch.float32 as the model, got {dtype}"):
+            model.step(frame.to(dtype), state)
+    for options in (dict(embed_dim=16), dict(depths=(2, 2)), dict(kernel_size=5), dict(num_frames=8)):
+        with pytest.raises(ValueError, match="state must be from init_state or step of this model"):
+            model.step(frame, small(**options).init_state(2, 32, 40))
     model.reset_classifier(0, "")
     with pytest.raises(ValueError, match="step needs a model with global_pool"):
-        model.step(torch.zeros(2, 3, 1, 32, 40), state)
+        model.step(frame, state)
+    with pytest.raises(ValueError, match="forward_frames needs a model with global_pool"):
+        model.forward_frames(frame)

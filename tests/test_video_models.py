@@ -273,17 +273,70 @@ def test_compiles_without_graph_breaks(position: str) -> None:
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (dict(num_frames=0), "num_frames must be at least 1, got 0"),
+        (dict(num_frames=0), "num_frames must be an integer, at least 1, got 0"),
+        (dict(num_frames=2.5), "num_frames must be an integer, at least 1, got 2.5"),
+        (dict(embed_dim=0), "embed_dim must be an integer, at least 2, got 0"),
+        (dict(in_chans=0), "in_chans must be an integer, at least 1, got 0"),
+        (dict(kernel_size="7"), "kernel_size must be an integer, or three, or either for each stage, got '7'"),
+        (dict(kernel_size=[3, "7", 3, 3]), "kernel_size must be an integer, or three, for time, .* got '7'"),
+        (dict(dilations=[[1.5], 1, 1, 1]), "dilation must be an integer, or three, for time, .* got 1.5"),
         (dict(kernel_size=(3, 5)), "kernel_size must hold one entry for each of the 4 stages"),
         (dict(stride=(4, 1, 1)), "stride must be between 1 and kernel_size"),
         (dict(stride=[(6, 1, 1), 1, 1, 1]), "stride must be between 1 and kernel_size"),
         (dict(position="absolute"), "position must be one of 'rpb', 'rope', got 'absolute'"),
-        (dict(position="rope", embed_dim=6, num_heads=(2, 4, 4, 4)), "position='rope' needs an even number"),
+        (dict(position="rope", num_heads=(2, 4, 8, 16), embed_dim=14), "needs an even head_dim .* got 14 / 2 = 7"),
+        (dict(position="rope", num_heads=(4, 4, 4, 4)), "needs an even head_dim .* at least 6, .* got 16 / 4 = 4"),
     ],
 )
 def test_wrong_arguments_are_named(arguments: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         small("nat3d_tiny", **arguments)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (dict(kernel_size=[(3, 0, 3), 3, 3, 3]), r"kernel_size must be at least 1, got \(3, 0, 3\)"),
+        (dict(kernel_size=3, stride=4), "stride must be between 1 and kernel_size 3, got 4"),
+        (dict(dilations=[0, 1, 1, 1]), "dilation must be at least 1, got 0"),
+    ],
+)
+def test_divided_attention_names_arguments_as_given(arguments: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        small("nat_divided_tiny", **arguments)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (dict(patch_size=16), "patch_size must be three integers, of frames, rows and columns, got 16"),
+        (dict(patch_size=(2, 16.0, 16)), r"patch_size must be three integers, .* got \(2, 16.0, 16\)"),
+        (dict(kernel_size="7"), "kernel_size must be an integer, or three, for time, .* got '7'"),
+        (dict(embed_dim=0), "embed_dim must be an integer, at least 1, got 0"),
+        (dict(depth=1.5), "depth must be an integer, at least 1, got 1.5"),
+        (dict(num_frames=2.5), "num_frames must be an integer, at least 1, got 2.5"),
+    ],
+)
+def test_wrong_arguments_of_isotropic_models_are_named(arguments: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        small("nat_iso3d_small", **arguments)
+
+
+def test_three_numbers_for_three_stages_must_be_told_apart() -> None:
+    three: dict[str, Any] = dict(depths=(1, 1, 1), num_heads=(1, 1, 1), kernel_size=3)
+    for name, value in (("stride", (1, 2, 2)), ("kernel_size", [3, 5, 7])):
+        with pytest.raises(ValueError, match=f"{name}=.* may be of time, height and width or of the three stages"):
+            small("nat3d_tiny", **three | {name: value})
+    assert small("nat3d_tiny", **three, stride=[1, 1, 1]).levels[2].blocks[0].attn.stride == (1, 1, 1)
+    model = small("nat3d_tiny", **three | dict(kernel_size=[3, (1, 5, 5), 7]))
+    assert [level.blocks[0].attn.kernel_size for level in model.levels] == [(3, 3, 3), (1, 5, 5), (7, 7, 7)]
+
+
+@pytest.mark.parametrize("shape", [(1, 3, 32, 32), (1, 2, 4, 32, 32), (1, 3, 0, 32, 32)])
+@pytest.mark.parametrize("name", ["nat3d_tiny", "nat_iso3d_small", "nat_stream_tiny"])
+def test_what_is_no_clip_is_named(name: str, shape: tuple[int, ...]) -> None:
+    with pytest.raises(ValueError, match=r"clips must be \[B, 3, T, H, W\] .* got \["):
+        small(name)(torch.zeros(shape))
 
 
 # --- inflation -------------------------------------------------------------------------------------------------------
