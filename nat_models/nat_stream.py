@@ -46,13 +46,20 @@ class StreamState(NamedTuple):
 
     def clone(self) -> "StreamState":
         """A copy in memory of its own; CUDA graphs (`mode="reduce-overhead"` of torch.compile) use theirs again."""
+        # Contiguous as the first state, lest compiled steps compile anew.
+        return self._apply(lambda x: x.clone(memory_format=torch.contiguous_format))
 
-        def copy(x: Tensor) -> Tensor:  # contiguous as the first state, lest compiled steps compile anew
-            return x.clone(memory_format=torch.contiguous_format)
+    def detach(self) -> "StreamState":
+        """The state without its history, so that gradients of later frames end here (truncated back-propagation)."""
+        return self._apply(Tensor.detach)
 
-        return StreamState(
-            copy(self.frames), self.phase, copy(self.stem), tuple(map(copy, self.past)), copy(self.pooled)
-        )
+    def to(self, device: torch.device | str | None = None, dtype: torch.dtype | None = None) -> "StreamState":
+        """The state on a device and, `frames` excepted, in a dtype; None keeps the present one."""
+        return self._apply(lambda x: x.to(device, dtype if x.is_floating_point() else None))
+
+    def _apply(self, function: Callable[[Tensor], Tensor]) -> "StreamState":
+        past = tuple(map(function, self.past))
+        return StreamState(function(self.frames), self.phase, function(self.stem), past, function(self.pooled))
 
     def reset(self, streams: Tensor | Sequence[int]) -> "StreamState":
         """The state with some streams at their start; the others go on.

@@ -179,6 +179,22 @@ def test_steps_compile_twice_for_frames_and_a_few_times_for_chunks() -> None:
         assert graphs.frame_count <= most, (chunks, graphs.frame_count)
 
 
+def test_states_move_and_forget_their_history() -> None:
+    model, clip = small(depths=(1,), num_heads=(1,)), clips(2, 3, 3, 32, 32)
+    expected, state = model.step(clip, model.init_state(2, 32, 32))
+    assert state.pooled.requires_grad and state.past[0].requires_grad
+    detached = state.detach()
+    assert not any(x.requires_grad for x in (detached.stem, *detached.past, detached.pooled))
+    model.step(clip, detached)[0].sum().backward()
+    half = state.to(dtype=torch.bfloat16)
+    assert {x.dtype for x in (half.stem, *half.past, half.pooled)} == {torch.bfloat16}
+    assert torch.equal(half.frames, state.frames) and half.frames.dtype == torch.int64 and half.phase == state.phase
+    moved = state.to("meta")
+    assert {x.device.type for x in (moved.frames, moved.stem, *moved.past, moved.pooled)} == {"meta"}
+    double = model.double().step(clip.double(), model.init_state(2, 32, 32).to("cpu", torch.float64))[0]
+    assert relative_error(double, expected) < 1e-4
+
+
 def test_wrong_calls_of_streams_are_named() -> None:
     model, clip = small(depths=(1,), num_heads=(1,)), clips(3, 3, 2, 32, 32)
     with torch.no_grad():
