@@ -44,10 +44,9 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "": {},
     "flex": {},
     "rope": dict(position="rope"),
-    "strided": dict(stride=(2, 4, 4)),
     "windows": dict(stride=7),
 }
-MODELS = ["swin3d_t", "swin3d_b", "mvit_v2_s", "nat3d_tiny", "nat3d_tiny:flex", "nat3d_tiny:strided", "nat3d_small"]
+MODELS = ["swin3d_t", "swin3d_b", "mvit_v2_s", "nat3d_tiny", "nat3d_tiny:flex", "nat3d_tiny_strided", "nat3d_small"]
 STREAMS = ["nat_stream_tiny"]
 MODES = ["inference", "train"]
 NUM_CLASSES = 400

@@ -11,6 +11,7 @@ only, nothing in the file is executed) and calls `checkpoint_filter_fn`, which u
 
 import pickle
 import re
+import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from contextvars import ContextVar
@@ -237,7 +238,8 @@ def loaded_share(model: nn.Module, report: LoadReport) -> float:
 def adapt_state_dict(state_dict: Mapping[str, Any], model: nn.Module) -> tuple[dict[str, Tensor], LoadReport]:
     """`checkpoint_filter_fn` with a report. The head is listed as re-initialised where timm will leave it random.
 
-    Weights must fit altogether, or, within `least_share`, by that share.
+    Weights must fit altogether, or, within `least_share`, by that share. Warns where an image model's attention had
+    other neighborhoods than the video model, the whole map (ViT-RPB) for example.
 
     Raises:
         ValueError: the weights do not fit; the message names the keys.
@@ -302,6 +304,13 @@ def adapt_state_dict(state_dict: Mapping[str, Any], model: nn.Module) -> tuple[d
         report.reinitialised += [*missing, *misshaped]
         report.ignored += unexpected
         weights = {key: value for key, value in weights.items() if key not in unexpected}
+    resized = [key for key in report.resized if key.endswith("rpb")]
+    if report.inflated and resized:
+        warnings.warn(
+            f"this {type(model).__name__} will not answer as the image model whose weights it has, even on a clip that "
+            f"stands still: biases of attention were resized to other neighborhoods ({_listing(resized, 2)})",
+            stacklevel=2,
+        )
     return weights | {key: expected[key] for key in new}, report
 
 

@@ -13,6 +13,8 @@ from torch import Tensor, nn
 from nat_models.layers import Block, ConvDownsampler, ConvTokenizer, NeighborhoodAttention3D, PatchEmbed
 
 POSITIONS = ("rpb", "rope")
+LEAST_ROTARY_DIM = 6
+"""Channels of a head; with less, `rotary_angles` leaves height and width none."""
 
 
 @register_notrace_module
@@ -34,12 +36,14 @@ class ClipAttention(NeighborhoodAttention3D):
         options: keywords of `NeighborhoodAttention`.
 
     Raises:
-        ValueError: an argument out of its range; the message names it.
+        ValueError: an argument out of its range, or with "rope" heads of less than 6 channels; the message names it.
     """
 
     def __init__(self, dim: int, num_heads: int, position: str = "rpb", **options: Any) -> None:
         if position not in POSITIONS:
             raise ValueError(f"position must be one of {', '.join(map(repr, POSITIONS))}, got {position!r}")
+        for name in ("kernel_size", "stride", "dilation"):
+            check_per_axis(name, options.get(name, 1))
         super().__init__(dim, num_heads, rel_pos_bias=False, **options)
         frames, *rows_and_columns = (2 * k - 1 for k in self.kernel_size)
         self.temporal_rpb = None
@@ -47,8 +51,11 @@ class ClipAttention(NeighborhoodAttention3D):
             self.rpb = nn.Parameter(torch.empty(num_heads, *rows_and_columns))
             self.temporal_rpb = nn.Parameter(torch.zeros(num_heads, frames))
             trunc_normal_(self.rpb, std=0.02)
-        elif dim // num_heads % 2:
-            raise ValueError(f"position='rope' needs an even number of channels per head, got {dim} / {num_heads}")
+        elif dim // num_heads % 2 or dim // num_heads < LEAST_ROTARY_DIM:
+            raise ValueError(
+                f"position='rope' needs an even head_dim (channels per head) of at least {LEAST_ROTARY_DIM}, for time, "
+                f"height and width to turn a pair each, got {dim} / {num_heads} = {dim // num_heads}"
+            )
         self.position = position
 
     def neighborhood(self, spatial: Sequence[int]) -> tuple[tuple[int, ...], Tensor | None]:
@@ -78,7 +85,7 @@ def rotary_angles(positions: Sequence[Tensor], head_dim: int, base: float = 100.
 
     Args:
         positions: coordinates `[length]` of each axis: time, height, width.
-        head_dim: channels of a head, even.
+        head_dim: channels of a head, even and at least 6.
 
     Sources: https://arxiv.org/abs/2104.09864, axial as in https://arxiv.org/abs/2403.13298.
     """
@@ -144,9 +151,11 @@ class ClipTokenizer(ConvTokenizer):
 
     def __init__(self, in_chans: int, embed_dim: int) -> None:
         super().__init__(in_chans, embed_dim, kernel_sizes=((1, 3, 3), (2, 3, 3)), strides=((1, 2, 2), (2, 2, 2)))
+        self.in_chans = in_chans
 
     def forward(self, x: Tensor) -> Tensor:
         """`[B, in_chans, T, H, W]` -> `[B, T / 2, H / 4, W / 4, embed_dim]`."""
+        check_clips(x, self.in_chans)
         return super().forward(repeat_last_frame(x, 2))
 
 
@@ -154,9 +163,27 @@ class ClipTokenizer(ConvTokenizer):
 class TubeletEmbed(PatchEmbed):
     """`PatchEmbed` for clips, `patch_size` frames, rows and columns; the last frame fills up the clip."""
 
+    def __init__(self, in_chans: int, embed_dim: int, patch_size: Sequence[int]) -> None:
+        super().__init__(in_chans, embed_dim, patch_size)
+        self.in_chans = in_chans
+
     def forward(self, x: Tensor) -> Tensor:
         """`[B, in_chans, T, H, W]` -> `[B, *[T, H, W] / patch_size, embed_dim]`."""
+        check_clips(x, self.in_chans)
         return super().forward(repeat_last_frame(x, self.patch_size[0]))
+
+
+def check_clips(x: Tensor, in_chans: int) -> None:
+    """Raises ValueError unless `x` is `[B, in_chans, T, H, W]` with frames in it."""
+    if x.dim() != 5 or x.shape[1] != in_chans or 0 in x.shape[2:]:
+        raise ValueError(f"clips must be [B, {in_chans}, T, H, W] with T, H and W from 1 up, got {list(x.shape)}")
+
+
+def check_per_axis(name: str, value: Any) -> None:
+    """Raises ValueError unless `value` is a whole number, or three of them: for time, height and width."""
+    is_triple = isinstance(value, Sequence) and not isinstance(value, str) and len(value) == 3
+    if not all(type(number) is int for number in (value if is_triple else [value])):
+        raise ValueError(f"{name} must be an integer, or three, for time, height and width, got {value!r}")
 
 
 def repeat_last_frame(x: Tensor, multiple: int) -> Tensor:

@@ -15,6 +15,7 @@ from nat_models.backbone import Backbone
 from nat_models.checkpoints import build_clip_model, dinat_cfg
 from nat_models.clip_layers import ClipAttention, TubeletEmbed
 from nat_models.layers import Block
+from nat_models.settings import check_number
 
 __all__ = ["NATIso3D"]  # register_model adds the entry points
 
@@ -70,12 +71,12 @@ class NATIso3D(Backbone):
         drop_path_rate: float = 0.0,
     ) -> None:
         super().__init__()
-        if num_frames < 1:
-            raise ValueError(f"num_frames must be at least 1, got {num_frames}")
-        if depth < 1:
-            raise ValueError(f"depth must be at least 1, got {depth}")
-        if len(patch_size) != 3 or min(patch_size) < 1:
-            raise ValueError(f"patch_size must be three numbers, frames, rows and columns, got {patch_size}")
+        sizes = dict(num_frames=num_frames, embed_dim=embed_dim, depth=depth, in_chans=in_chans)
+        for name, value in sizes.items():
+            check_number(name, value, 1, whole=True)
+        is_triple = isinstance(patch_size, Sequence) and len(patch_size) == 3
+        if not is_triple or not all(type(n) is int and n >= 1 for n in patch_size):
+            raise ValueError(f"patch_size must be three integers, of frames, rows and columns, got {patch_size!r}")
         self.num_frames = num_frames
         self.in_chans = in_chans
         self.embed_dim = embed_dim

@@ -19,9 +19,10 @@ from torch.nn import functional as F
 
 from fused_na import merge_attentions, na2d
 from nat_models.checkpoints import nat_cfg
-from nat_models.clip_layers import ClipAttention, ClipTokenizer, rotary_angles, rotate
+from nat_models.clip_layers import ClipAttention, ClipTokenizer, check_clips, rotary_angles, rotate
 from nat_models.layers import Block
 from nat_models.nat3d import NAT3D, SMALL, TINY, create_nat3d
+from nat_models.settings import check_number
 
 __all__ = ["NATStream", "StreamState"]  # register_model adds the entry points
 
@@ -45,13 +46,20 @@ class StreamState(NamedTuple):
 
     def clone(self) -> "StreamState":
         """A copy in memory of its own; CUDA graphs (`mode="reduce-overhead"` of torch.compile) use theirs again."""
+        # Contiguous as the first state, lest compiled steps compile anew.
+        return self._apply(lambda x: x.clone(memory_format=torch.contiguous_format))
 
-        def copy(x: Tensor) -> Tensor:  # contiguous as the first state, lest compiled steps compile anew
-            return x.clone(memory_format=torch.contiguous_format)
+    def detach(self) -> "StreamState":
+        """The state without its history, so that gradients of later frames end here (truncated back-propagation)."""
+        return self._apply(Tensor.detach)
 
-        return StreamState(
-            copy(self.frames), self.phase, copy(self.stem), tuple(map(copy, self.past)), copy(self.pooled)
-        )
+    def to(self, device: torch.device | str | None = None, dtype: torch.dtype | None = None) -> "StreamState":
+        """The state on a device and, `frames` excepted, in a dtype; None keeps the present one."""
+        return self._apply(lambda x: x.to(device, dtype if x.is_floating_point() else None))
+
+    def _apply(self, function: Callable[[Tensor], Tensor]) -> "StreamState":
+        past = tuple(map(function, self.past))
+        return StreamState(function(self.frames), self.phase, function(self.stem), past, function(self.pooled))
 
     def reset(self, streams: Tensor | Sequence[int]) -> "StreamState":
         """The state with some streams at their start; the others go on.
@@ -87,6 +95,7 @@ class CausalTokenizer(ClipTokenizer):
 
     def forward(self, x: Tensor) -> Tensor:
         """`[B, in_chans, T, H, W]` -> `[B, ceil(T / 2), H / 4, W / 4, embed_dim]`."""
+        check_clips(x, self.in_chans)
         x = self.proj[0](x)
         return self.norm(self.proj[1](torch.cat([x[:, :, :1], x], 2)).movedim(1, -1))
 
@@ -210,7 +219,12 @@ class NATStream(NAT3D):
         return x if pre_logits else self.head(x)
 
     def forward_frames(self, x: Tensor) -> Tensor:
-        """Clips `[B, in_chans, T, H, W]` -> logits `[B, T, num_classes]` after each frame."""
+        """Clips `[B, in_chans, T, H, W]` -> logits `[B, T, num_classes]` after each frame.
+
+        Raises:
+            ValueError: `x` is no clip for the model, or the model is without pooling.
+        """
+        self._check_pooling("forward_frames")
         means = self._running_mean(self._pool(self.forward_features(x)))
         return self.head(self.head_drop(means)).repeat_interleave(2, 1)[:, : x.shape[2]]
 
@@ -226,24 +240,21 @@ class NATStream(NAT3D):
             ValueError: a number below 1.
         """
         for name, value in (("batch", batch), ("height", height), ("width", width)):
-            if value < 1:
-                raise ValueError(f"{name} must be at least 1, got {value}")
+            check_number(name, value, 1, whole=True)
         weight = self.patch_embed.norm.weight
+        stem, *past, pooled = (weight.new_zeros(shape) for shape in self._state_shapes(batch, _halved((height, width))))
+        frames = torch.zeros(batch, dtype=torch.int64, device=weight.device)
+        return StreamState(frames, 0, stem, tuple(past), pooled)
 
-        def halved(spatial: Sequence[int]) -> list[int]:
-            return [-(-n // 2) for n in spatial]
-
-        spatial = halved((height, width))
-        stem = weight.new_zeros(batch, self.embed_dim // 2, 1, *spatial)
-        past = []
+    def _state_shapes(self, batch: int, spatial: list[int]) -> list[list[int]]:
+        """Of a state's `stem`, whose height and width are `spatial`, each `past`, and `pooled`."""
+        shapes = [[batch, self.embed_dim // 2, 1, *spatial]]
         for level in self.levels:
-            spatial = halved(spatial)
+            spatial = _halved(spatial)
             for attn in (block.attn for block in level.blocks):
                 head_dim = attn.proj.in_features // attn.num_heads
-                shape = (batch, attn.reach, *attn.padded(spatial), 2, attn.num_heads, head_dim)
-                past.append(weight.new_zeros(shape))
-        frames = torch.zeros(batch, dtype=torch.int64, device=weight.device)
-        return StreamState(frames, 0, stem, tuple(past), weight.new_zeros(batch, self._window, self.num_features))
+                shapes.append([batch, attn.reach, *attn.padded(spatial), 2, attn.num_heads, head_dim])
+        return [*shapes, [batch, self._window, self.num_features]]
 
     def step(self, frames: Tensor, state: StreamState) -> tuple[Tensor, StreamState]:
         """Takes the next frames of each stream.
@@ -257,18 +268,22 @@ class NATStream(NAT3D):
             Logits `[B, T, num_classes]` after each frame, and the state for the next step.
 
         Raises:
-            ValueError: frames that the state is not for, or a model without pooling.
+            ValueError: a state of another model, frames that it is not for, or a model without pooling.
         """
-        spatial = [-(-n // 2) for n in frames.shape[3:]]
-        is_legal = frames.dim() == 5 and len(frames) == len(state.stem) and frames.shape[2] > 0
-        if not is_legal or spatial != list(state.stem.shape[3:]):
-            height, width = (2 * n for n in state.stem.shape[3:])
+        self._check_pooling("step")
+        shapes = [list(x.shape) for x in (state.stem, *state.past, state.pooled)]
+        if shapes != self._state_shapes(len(state.frames), shapes[0][3:]):
+            raise ValueError("state must be from init_state or step of this model, got one of another model")
+        is_legal = frames.dim() == 5 and frames.shape[:2] == (len(state.frames), self.in_chans) and frames.shape[2] > 0
+        if not is_legal or _halved(frames.shape[3:]) != shapes[0][3:]:
+            height, width = (2 * n for n in shapes[0][3:])
             raise ValueError(
                 f"frames must be [{len(state.stem)}, {self.in_chans}, T, {height}, {width}] (or a pixel less) "
                 f"as the state, got {list(frames.shape)}; T is from 1 up"
             )
-        if not self.global_pool:
-            raise ValueError("step needs a model with global_pool, got global_pool=''")
+        dtype, is_cast = self.patch_embed.norm.weight.dtype, torch.is_autocast_enabled(frames.device.type)
+        if frames.dtype != dtype and not (is_cast and frames.is_floating_point()):
+            raise ValueError(f"frames must be {dtype} as the model, got {frames.dtype}")
         num_frames, seen = frames.shape[2], (state.frames + 1) // 2
         x, stem, idle = self.patch_embed.step(frames, state)
         past = state.past
@@ -292,6 +307,10 @@ class NATStream(NAT3D):
         phase = None if state.phase is None else (state.phase + num_frames) % 2
         pooled = _keep_last(joined, self._window, idle)
         return logits, StreamState(state.frames + num_frames, phase, stem, past, pooled)
+
+    def _check_pooling(self, method: str) -> None:
+        if not self.global_pool:
+            raise ValueError(f"{method} needs a model with global_pool, got global_pool=''")
 
     @property
     def _window(self) -> int:
@@ -319,6 +338,11 @@ class NATStream(NAT3D):
         sums = F.avg_pool1d(pooled.mT, self._window, stride=1) * self._window
         count = seen[:, None] + torch.arange(sums.shape[-1], device=pooled.device)
         return sums.mT / count.clamp(1, self._window).unsqueeze(-1)
+
+
+def _halved(spatial: Sequence[int]) -> list[int]:
+    """Height and width after a convolution of stride 2."""
+    return [-(-n // 2) for n in spatial]
 
 
 def _keep_last(x: Tensor, count: int, idle: Tensor | None) -> Tensor:

@@ -153,6 +153,15 @@ def test_video_recipe_states_its_source_and_builds(tmp_path, videos, name):
     assert (cfg.data.augmentation.hflip == 0) == directional and (cfg.data.sampling.mode == "uniform") == directional
 
 
+def test_the_model_is_for_clips_of_the_length_of_the_data(tmp_path, videos):
+    overrides = ["experiment=kinetics400/nat_stream_tiny", *video_data(videos), *TINY, "data.sampling.num_frames=6"]
+    cfg = compose_train(tmp_path, *overrides)
+    assert build_module(cfg, build_datamodule(cfg), build_trainer(cfg)).model.num_frames == 6
+    cfg = compose_train(tmp_path, *overrides, "model.model_kwargs.num_frames=32")
+    with pytest.raises(ValueError, match="num_frames must be data.sampling.num_frames=6, got 32"):
+        build_module(cfg, build_datamodule(cfg), build_trainer(cfg))
+
+
 def video_data(root) -> list[str]:
     lists = ["data.train_list=train.csv", "data.val_list=validation.csv", "data.num_classes=null"]
     devices = ["trainer.accelerator=cpu", "trainer.devices=1", "data.num_workers=0", "data.batch_size=2"]
@@ -175,6 +184,44 @@ def test_fine_tuning_starts_from_the_weights_it_is_given_or_not_at_all(tmp_path,
         assert torch.equal(value, weights.state_dict()[name]) == (not name.startswith("head.")), name
     train(compose_train(tmp_path / "run", *overrides, given))
     assert torch.load(tmp_path / "run" / "checkpoints" / "last.ckpt", weights_only=True)["global_step"] == 2
+
+
+def test_video_models_start_from_image_weights_of_choice(tmp_path, videos, monkeypatch):
+    small = dict(depths=[1, 1, 1, 1], embed_dim=16, num_heads=[1, 2, 4, 8])
+    image_model = timm.create_model("nat_tiny", **small, num_classes=7)
+    file, of_video = tmp_path / "image.safetensors", tmp_path / "video.safetensors"
+    save_file(image_model.state_dict(), file)
+    save_file(timm.create_model("nat3d_tiny", **small).state_dict(), of_video)
+
+    def module(*overrides: str) -> ClassificationModule:
+        settings = ["experiment=kinetics400/nat3d_tiny", *video_data(videos), *TINY[1:], *overrides]
+        cfg = compose_train(tmp_path, *settings)
+        return build_module(cfg, build_datamodule(cfg), build_trainer(cfg))
+
+    started = module(f"model.init_from_image={file}")
+    assert started.model.load_report.inflated and "init_from_image" not in started.hparams
+    for name, value in image_model.state_dict().items():
+        if value.dim() != 4 and not name.startswith("head."):
+            assert torch.equal(started.model.state_dict()[name], value), name
+    overlays = []
+    create_model = timm.create_model
+    monkeypatch.setattr(
+        timm, "create_model", lambda *args, pretrained_cfg_overlay, **kwargs: overlays.append(pretrained_cfg_overlay)
+        or create_model(*args, pretrained_cfg_overlay={"file": str(file)}, **kwargs),
+    )  # fmt: skip
+    module("model.init_from_image=dinat_large.in22k_ft_in1k")
+    assert overlays[0]["url"].endswith("dinat_large_in22k_in1k_224.pth")
+    monkeypatch.undo()
+    overlay = "+model.model_kwargs.pretrained_cfg_overlay.file=weights.pth"
+    for overrides, message in (
+        ([f"model.init_from_image={file}", "model.pretrained=false"], "init_from_image=.* needs model.pretrained=true"),
+        ([f"model.init_from_image={file}", overlay], "both name weights to start from; one must be null"),
+        (["model.init_from_image=nat_tinny"], "init_from_image='nat_tinny' is neither a file nor a registered model"),
+        (["model.init_from_image=nat_tiny.in23k"], "model.init_from_image='nat_tiny.in23k': "),
+        ([f"model.init_from_image={of_video}"], "init_from_image=.* must be weights of images"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            module(*overrides)
 
 
 def test_fine_tuning_needs_95_percent_of_the_backbone(tmp_path, videos, capsys):

@@ -179,6 +179,22 @@ def test_steps_compile_twice_for_frames_and_a_few_times_for_chunks() -> None:
         assert graphs.frame_count <= most, (chunks, graphs.frame_count)
 
 
+def test_states_move_and_forget_their_history() -> None:
+    model, clip = small(depths=(1,), num_heads=(1,)), clips(2, 3, 3, 32, 32)
+    expected, state = model.step(clip, model.init_state(2, 32, 32))
+    assert state.pooled.requires_grad and state.past[0].requires_grad
+    detached = state.detach()
+    assert not any(x.requires_grad for x in (detached.stem, *detached.past, detached.pooled))
+    model.step(clip, detached)[0].sum().backward()
+    half = state.to(dtype=torch.bfloat16)
+    assert {x.dtype for x in (half.stem, *half.past, half.pooled)} == {torch.bfloat16}
+    assert torch.equal(half.frames, state.frames) and half.frames.dtype == torch.int64 and half.phase == state.phase
+    moved = state.to("meta")
+    assert {x.device.type for x in (moved.frames, moved.stem, *moved.past, moved.pooled)} == {"meta"}
+    double = model.double().step(clip.double(), model.init_state(2, 32, 32).to("cpu", torch.float64))[0]
+    assert relative_error(double, expected) < 1e-4
+
+
 def test_wrong_calls_of_streams_are_named() -> None:
     model, clip = small(depths=(1,), num_heads=(1,)), clips(3, 3, 2, 32, 32)
     with torch.no_grad():
@@ -208,12 +224,21 @@ def test_wrong_arguments_are_named() -> None:
     with pytest.raises(ValueError, match=r"stride in time must be 1 in streams, got \(2, 1, 1\)"):
         small(stride=(2, 1, 1))
     model = small()
-    with pytest.raises(ValueError, match="height must be at least 1, got 0"):
+    with pytest.raises(ValueError, match="height must be an integer, at least 1, got 0"):
         model.init_state(1, 0, 32)
     state = model.init_state(2, 32, 40)
-    for shape in ((1, 3, 1, 32, 40), (2, 3, 1, 40, 32)):
+    for shape in ((1, 3, 1, 32, 40), (2, 3, 1, 40, 32), (2, 1, 1, 32, 40), (2, 3, 32, 40)):
         with pytest.raises(ValueError, match=r"frames must be \[2, 3, T, 32, 40\] .* as the state, got"):
             model.step(torch.zeros(shape), state)
+    frame = torch.zeros(2, 3, 1, 32, 40)
+    for dtype in (torch.uint8, torch.float64):
+        with pytest.raises(ValueError, match=f"frames must be torch.float32 as the model, got {dtype}"):
+            model.step(frame.to(dtype), state)
+    for options in (dict(embed_dim=16), dict(depths=(2, 2)), dict(kernel_size=5), dict(num_frames=8)):
+        with pytest.raises(ValueError, match="state must be from init_state or step of this model"):
+            model.step(frame, small(**options).init_state(2, 32, 40))
     model.reset_classifier(0, "")
     with pytest.raises(ValueError, match="step needs a model with global_pool"):
-        model.step(torch.zeros(2, 3, 1, 32, 40), state)
+        model.step(frame, state)
+    with pytest.raises(ValueError, match="forward_frames needs a model with global_pool"):
+        model.forward_frames(frame)

@@ -260,6 +260,34 @@ def test_a_run_of_a_streaming_model_streams(video_run: Path, capsys: pytest.Capt
     assert len(lines) == 10 and all(line[-1] in "abc" for line in lines) and summary.startswith("10 frames")
 
 
+@pytest.mark.parametrize(
+    ("sampling", "times"),
+    [
+        (dict(), [0, 2, 4, 6, 8]),
+        (dict(stride=5), [0, 5]),
+        (dict(stride=2, frame_rate=15), [0, 4, 8]),
+        (dict(mode="uniform"), None),
+    ],
+)
+def test_a_run_streams_frames_as_far_apart_as_in_its_clips(
+    sampling: dict[str, Any], times: list[int] | None, video_run: Path, tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:  # fmt: skip
+    shutil.copytree(video_run, tmp_path / "run")
+    cfg = OmegaConf.load(tmp_path / "run" / "config.yaml")
+    cfg.data.sampling.update(sampling)
+    OmegaConf.save(cfg, tmp_path / "run" / "config.yaml")
+    arguments = [str(tmp_path / "run"), str(video_run.parent / "videos" / "2.mp4")]  # ten frames, 30 a second
+    if times is None:
+        with pytest.raises(SystemExit, match="2"):
+            stream.main(arguments)
+        assert "--rate must be given: clips of data.sampling.mode=uniform have no fixed rate" in capsys.readouterr().err
+        return
+    stream.main(arguments)
+    printed = [float(line.split()[0]) for line in capsys.readouterr().out.splitlines()[:-1]]
+    assert printed == pytest.approx([time / 30 for time in times], abs=0.006)
+
+
 def test_inputs_of_models_of_clips(video_run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     write_image(tmp_path / "frames" / "1.jpg", seed=0)
     video = video_run.parent / "videos" / "0.mp4"

@@ -19,7 +19,7 @@ from video_files import SIZE, rotate_display, write_video
 from nat_models.data.video.annotated_copy import draw_prediction, read_frames
 from nat_models.data.video.decoding import VideoError, open_video
 from nat_models.predict import load_model
-from nat_models.stream import classify, main
+from nat_models.stream import classify, main, summary
 
 TINY: dict[str, Any] = dict(embed_dim=8, depths=(1, 1), num_heads=(1, 2), kernel_size=3, num_frames=6)
 TINY_ARGUMENTS = ["--model-kwargs", *(f"{key}={value}".replace(" ", "") for key, value in TINY.items())]
@@ -76,9 +76,47 @@ def test_command(video: Path, weights: Path) -> None:
     command = [sys.executable, "-m", "nat_models.stream", "nat_stream_tiny", str(video), "--checkpoint", str(weights)]
     result = subprocess.run([*command, *TINY_ARGUMENTS], capture_output=True, text=True, cwd=video.parent)
     assert result.returncode == 0, result.stderr
-    *lines, summary = result.stdout.splitlines()
+    *lines, last = result.stdout.splitlines()
     assert len(lines) == 6 and all(re.fullmatch(r" +\d\.\d\d s +[\d.]+ ms +[\d.]+ %  [0-6]", line) for line in lines)
-    assert summary.startswith("6 frames, latency of a frame: median ")
+    assert re.fullmatch(
+        "6 frames, every second one with a new answer; latency of 2 of these, after 1 to warm up: "
+        r"median [\d.]+ ms, longest [\d.]+ ms", last,
+    )  # fmt: skip
+
+
+def test_latencies_are_those_of_new_answers_without_warming_up(video: Path, weights: Path) -> None:
+    predictor, frames = load_model("nat_stream_tiny", weights, **TINY), list(read_frames(str(video)))
+    answers = [answer for _, answer in classify(predictor, frames[:5] + frames[:3], 30, compiled=False)]
+    assert [answer.is_new for answer in answers] == [True, False, True, False, True, True, False, True]
+    latencies = [9.0, 0.002, 0.004, 0.003, 0.001]
+    assert "latency of 4 of these, after 1 to warm up: median 2.5 ms, longest 4.0 ms" in summary(
+        10, latencies, compiled=False
+    )
+    assert "latency of 2 of these, after 3 to warm up: median 2.0 ms, longest 3.0 ms" in summary(
+        10, latencies, compiled=True
+    )
+    assert summary(2, latencies[:1], compiled=False) == "2 frames, too few to tell a latency"
+
+
+@pytest.mark.parametrize(("name", "reason"), [("cut.mkv", "its last"), ("cut.avi", "it is cut off or damaged")])
+def test_a_video_that_was_cut_off_ends_with_an_error(
+    name: str, reason: str, weights: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = write_video(tmp_path / name, codec="mpeg4")
+    path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
+    command = ["nat_stream_tiny", str(path), "--checkpoint", str(weights), *TINY_ARGUMENTS]
+    with pytest.raises(SystemExit, match="2"):
+        main([*command, "--rate", "30", "--annotate", str(tmp_path)])
+    out, err = capsys.readouterr()
+    frames = len(out.splitlines())
+    assert 4 < frames < 50 and err.startswith(f"error: cannot decode {path} after {frames} frames: {reason}")
+    assert not list(tmp_path.glob("*_annotated.mp4"))
+
+
+def test_frames_of_a_live_stream_may_be_lost(tmp_path: Path) -> None:
+    path = write_video(tmp_path / "cut.avi", codec="mpeg4")
+    path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
+    assert len(list(read_frames(path.as_uri()))) > 4  # an address, not a file
 
 
 VARIABLE = [0, 1, 5, 6, 20, 21, 22, 50, 51, 60]  # in 1/90 s

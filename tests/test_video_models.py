@@ -1,6 +1,7 @@
 """Video models: sizes, timm's contract, clips of any size, and inflated image models."""
 
 import copy
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +27,7 @@ from nat_models.layers import Block, TubeletConv
 TARGETS = {  # clip, millions of parameters with 400 classes, 10^9 multiply-adds of a view at 224 x 224
     "nat3d_mini": (32, 19.6, 58),
     "nat3d_tiny": (32, 27.5, 89),
+    "nat3d_tiny_strided": (32, 27.5, 89),
     "nat3d_small": (32, 50, 155),
     "nat3d_base": (32, 89, 261),
     "dinat3d_tiny": (32, 27.5, 89),
@@ -71,6 +73,14 @@ def test_dilations_alternate_between_time_and_space() -> None:
         model = timm.create_model("dinat3d_tiny")
     dilations = [[block.attn.dilation for block in stage.blocks[:3]] for stage in model.stages]
     assert dilations == [[(2, 1, 1), (1, d, d), (2, 1, 1)] for d in (8, 4, 2, 1)]
+
+
+def test_the_strided_preset_shares_neighborhoods() -> None:
+    with torch.device("meta"):
+        model, default = timm.create_model("nat3d_tiny_strided"), timm.create_model("nat3d_tiny")
+    attention = [module for module in model.modules() if isinstance(module, ClipAttention)]
+    assert {(module.kernel_size, module.stride) for module in attention} == {((7, 7, 7), (2, 4, 4))}
+    assert [p.shape for p in model.parameters()] == [p.shape for p in default.parameters()]
 
 
 # --- attention -------------------------------------------------------------------------------------------------------
@@ -263,17 +273,70 @@ def test_compiles_without_graph_breaks(position: str) -> None:
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (dict(num_frames=0), "num_frames must be at least 1, got 0"),
+        (dict(num_frames=0), "num_frames must be an integer, at least 1, got 0"),
+        (dict(num_frames=2.5), "num_frames must be an integer, at least 1, got 2.5"),
+        (dict(embed_dim=0), "embed_dim must be an integer, at least 2, got 0"),
+        (dict(in_chans=0), "in_chans must be an integer, at least 1, got 0"),
+        (dict(kernel_size="7"), "kernel_size must be an integer, or three, or either for each stage, got '7'"),
+        (dict(kernel_size=[3, "7", 3, 3]), "kernel_size must be an integer, or three, for time, .* got '7'"),
+        (dict(dilations=[[1.5], 1, 1, 1]), "dilation must be an integer, or three, for time, .* got 1.5"),
         (dict(kernel_size=(3, 5)), "kernel_size must hold one entry for each of the 4 stages"),
         (dict(stride=(4, 1, 1)), "stride must be between 1 and kernel_size"),
         (dict(stride=[(6, 1, 1), 1, 1, 1]), "stride must be between 1 and kernel_size"),
         (dict(position="absolute"), "position must be one of 'rpb', 'rope', got 'absolute'"),
-        (dict(position="rope", embed_dim=6, num_heads=(2, 4, 4, 4)), "position='rope' needs an even number"),
+        (dict(position="rope", num_heads=(2, 4, 8, 16), embed_dim=14), "needs an even head_dim .* got 14 / 2 = 7"),
+        (dict(position="rope", num_heads=(4, 4, 4, 4)), "needs an even head_dim .* at least 6, .* got 16 / 4 = 4"),
     ],
 )
 def test_wrong_arguments_are_named(arguments: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         small("nat3d_tiny", **arguments)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (dict(kernel_size=[(3, 0, 3), 3, 3, 3]), r"kernel_size must be at least 1, got \(3, 0, 3\)"),
+        (dict(kernel_size=3, stride=4), "stride must be between 1 and kernel_size 3, got 4"),
+        (dict(dilations=[0, 1, 1, 1]), "dilation must be at least 1, got 0"),
+    ],
+)
+def test_divided_attention_names_arguments_as_given(arguments: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        small("nat_divided_tiny", **arguments)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (dict(patch_size=16), "patch_size must be three integers, of frames, rows and columns, got 16"),
+        (dict(patch_size=(2, 16.0, 16)), r"patch_size must be three integers, .* got \(2, 16.0, 16\)"),
+        (dict(kernel_size="7"), "kernel_size must be an integer, or three, for time, .* got '7'"),
+        (dict(embed_dim=0), "embed_dim must be an integer, at least 1, got 0"),
+        (dict(depth=1.5), "depth must be an integer, at least 1, got 1.5"),
+        (dict(num_frames=2.5), "num_frames must be an integer, at least 1, got 2.5"),
+    ],
+)
+def test_wrong_arguments_of_isotropic_models_are_named(arguments: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        small("nat_iso3d_small", **arguments)
+
+
+def test_three_numbers_for_three_stages_must_be_told_apart() -> None:
+    three: dict[str, Any] = dict(depths=(1, 1, 1), num_heads=(1, 1, 1), kernel_size=3)
+    for name, value in (("stride", (1, 2, 2)), ("kernel_size", [3, 5, 7])):
+        with pytest.raises(ValueError, match=f"{name}=.* may be of time, height and width or of the three stages"):
+            small("nat3d_tiny", **three | {name: value})
+    assert small("nat3d_tiny", **three, stride=[1, 1, 1]).levels[2].blocks[0].attn.stride == (1, 1, 1)
+    model = small("nat3d_tiny", **three | dict(kernel_size=[3, (1, 5, 5), 7]))
+    assert [level.blocks[0].attn.kernel_size for level in model.levels] == [(3, 3, 3), (1, 5, 5), (7, 7, 7)]
+
+
+@pytest.mark.parametrize("shape", [(1, 3, 32, 32), (1, 2, 4, 32, 32), (1, 3, 0, 32, 32)])
+@pytest.mark.parametrize("name", ["nat3d_tiny", "nat_iso3d_small", "nat_stream_tiny"])
+def test_what_is_no_clip_is_named(name: str, shape: tuple[int, ...]) -> None:
+    with pytest.raises(ValueError, match=r"clips must be \[B, 3, T, H, W\] .* got \["):
+        small(name)(torch.zeros(shape))
 
 
 # --- inflation -------------------------------------------------------------------------------------------------------
@@ -328,7 +391,8 @@ def test_image_weights_for_other_heads_channels_windows_and_positions(tmp_path: 
     path = save(golden("nat")[1], tmp_path / "weights.safetensors")
     config = video_config("nat") | dict(num_classes=3, in_chans=1, kernel_size=(3, 5, 5))
     overlay = dict(file=str(path))
-    model = timm.create_model("nat3d_mini", pretrained=True, pretrained_cfg_overlay=overlay, **config)
+    with pytest.warns(UserWarning, match=r"this NAT3D will not answer as the image model .* \(levels.0.blocks.0"):
+        model = timm.create_model("nat3d_mini", pretrained=True, pretrained_cfg_overlay=overlay, **config)
     report = model.load_report
     assert {"head.weight", "head.bias"} <= set(report.reinitialised)
     assert {"patch_embed.proj.0.weight", "levels.0.blocks.0.attn.rpb"} <= set(report.resized)
@@ -338,6 +402,24 @@ def test_image_weights_for_other_heads_channels_windows_and_positions(tmp_path: 
         "nat3d_mini", pretrained=True, pretrained_cfg_overlay=overlay, **config | dict(position="rope")
     )
     assert rotary.load_report.ignored and all(key.endswith(".rpb") for key in rotary.load_report.ignored)
+
+
+def test_full_attention_inflates_to_neighborhoods_of_the_map_or_with_a_warning(tmp_path: Path) -> None:
+    small: dict[str, Any] = dict(embed_dim=8, depth=1, num_heads=1, num_classes=5)
+    image_model = timm.create_model("vitrpb_small", img_size=64, **small).eval()
+    nn.init.normal_(image_model.layers[0].attn.rpb)
+    overlay = dict(file=str(save(image_model.state_dict(), tmp_path / "weights.pth")), num_classes=5)
+    image = torch.randn(1, 3, 64, 64)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        model = timm.create_model(
+            "nat_iso3d_small", pretrained=True, pretrained_cfg_overlay=overlay, kernel_size=(3, 4, 4), **small
+        ).eval()
+    clip = image.unsqueeze(2).repeat_interleave(4, 2)
+    with torch.no_grad():
+        torch.testing.assert_close(model(clip), image_model(image), atol=1e-4, rtol=1e-4)
+    with pytest.warns(UserWarning, match="this NATIso3D will not answer as the image model"):
+        timm.create_model("nat_iso3d_small", pretrained=True, pretrained_cfg_overlay=overlay, **small)
 
 
 def test_inflation_into_a_model_already_built(tmp_path: Path) -> None:

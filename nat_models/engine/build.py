@@ -104,13 +104,18 @@ def build_module(cfg: DictConfig, datamodule: DataModule, trainer: lightning.Tra
             f"optim.schedule.cooldown_epochs={after}"
         )
     module = ClassificationModule(
-        **(model | ({"pretrained": False} if cfg.ckpt_path is not None else {})),
+        **(model | ({"pretrained": False, "init_from_image": None} if cfg.ckpt_path is not None else {})),
         num_classes=len(datamodule.classes),
         class_names=datamodule.classes,
         in_chans=datamodule.in_chans,
         optimizer=optim["optimizer"] | {"lr": learning_rate(cfg, effective_batch(datamodule, trainer))},
         schedule=optim["schedule"],
     )
+    clip, num_frames = getattr(datamodule, "sampling", None), getattr(module.model, "num_frames", None)
+    if clip is not None and num_frames not in (None, clip.num_frames):
+        raise ValueError(
+            f"model.model_kwargs.num_frames must be data.sampling.num_frames={clip.num_frames}, got {num_frames}"
+        )
     module.build_optimizer(trainer.max_epochs, steps_per_epoch=1)  # so that mistakes show before the run folder exists
     return module
 

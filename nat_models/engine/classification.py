@@ -1,5 +1,6 @@
 """The Lightning module for classification: any timm model, timm's optimisers, schedules, mixup and cutmix."""
 
+from pathlib import Path
 from typing import Any
 
 import lightning
@@ -45,8 +46,10 @@ class ClassificationModule(lightning.LightningModule):
         model_kwargs: further arguments of `timm.create_model` (`drop_path_rate`, `depths`, ...).
         pretrained: start from the published weights, or from those of `model_kwargs.pretrained_cfg_overlay.file`. They
             must hold 95 % of the parameters of the backbone; timm's own models take only weights that fit altogether.
-        from_scratch: start with what fits of them, however little that is. This and `pretrained` are not kept in
-            checkpoints, which bring their own weights.
+        init_from_image: weights of an image model that `pretrained` inflates for the video model, a file or the name of
+            a published model (`nat_tiny`, `dinat_large.in22k_ft_in1k`); None: those of the video model's own size.
+        from_scratch: start with what fits of them, however little that is. This, `pretrained` and `init_from_image` are
+            not kept in checkpoints, which bring their own weights.
         optimizer: arguments of `timm.optim.create_optimizer_v2` (`opt`, `lr`, `weight_decay`, `layer_decay`, ...). One-
             dimensional parameters, biases and the model's `no_weight_decay()` are not decayed. `backbone_lr_factor`
             scales the learning rate of all but the classifier, on top of `layer_decay`.
@@ -71,6 +74,7 @@ class ClassificationModule(lightning.LightningModule):
         in_chans: int = 3,
         model_kwargs: dict[str, Any] | None = None,
         pretrained: bool = False,
+        init_from_image: str | None = None,
         from_scratch: bool = False,
         optimizer: dict[str, Any] | None = None,
         schedule: dict[str, Any] | None = None,
@@ -86,9 +90,18 @@ class ClassificationModule(lightning.LightningModule):
         if distillation:
             check_settings("model.distillation", distillation, Distillation, given=("num_classes", "in_chans"))
         super().__init__()
-        self.save_hyperparameters(ignore=["pretrained", "from_scratch", "distillation"])
+        self.save_hyperparameters(ignore=["pretrained", "init_from_image", "from_scratch", "distillation"])
         check_model_name(model_name)
         sizes: dict[str, Any] = {"num_classes": num_classes, "in_chans": in_chans}
+        if init_from_image is not None:
+            if not pretrained:
+                raise ValueError(f"model.init_from_image={init_from_image!r} needs model.pretrained=true")
+            if (model_kwargs or {}).get("pretrained_cfg_overlay"):
+                raise ValueError(
+                    "model.init_from_image and model.model_kwargs.pretrained_cfg_overlay both name weights to start "
+                    "from; one must be null"
+                )
+            model_kwargs = {**(model_kwargs or {}), "pretrained_cfg_overlay": _image_weights(init_from_image)}
         try:
             with least_share(0.0 if from_scratch else LEAST_SHARE):
                 self.model = timm.create_model(model_name, pretrained=pretrained, **sizes, **(model_kwargs or {}))
@@ -98,6 +111,11 @@ class ClassificationModule(lightning.LightningModule):
             if not pretrained:
                 raise
             raise ValueError(f"model.pretrained=true: {' '.join(str(error).split())}") from error
+        if init_from_image is not None and not getattr(getattr(self.model, "load_report", None), "inflated", None):
+            raise ValueError(
+                f"model.init_from_image={init_from_image!r} must be weights of images, and model.model_name="
+                f"{model_name} a video model; other weights are for model.model_kwargs.pretrained_cfg_overlay.file"
+            )
         self._start = Position(0, 0, 0)
         self.mixup = Mixup(num_classes, label_smoothing=label_smoothing, **mixup) if mixup else None
         self.label_smoothing = label_smoothing
@@ -273,6 +291,17 @@ class ClassificationModule(lightning.LightningModule):
         if batches == float("inf"):
             raise ValueError("the training data does not tell its length, which the schedule needs")
         return -(-int(batches) // self.trainer.accumulate_grad_batches)
+
+
+def _image_weights(source: str) -> dict[str, Any]:
+    """What replaces a model's `pretrained_cfg` for it to start from a file or from a published model's weights."""
+    if Path(source).is_file():
+        return {"file": source}
+    if not timm.is_model(source):
+        raise ValueError(f"model.init_from_image={source!r} is neither a file nor a registered model")
+    check_model_name(source, "model.init_from_image")
+    cfg: Any = timm.get_pretrained_cfg(source)
+    return {"url": cfg.url}
 
 
 def _scale_backbone(optimizer: torch.optim.Optimizer, classifier: torch.nn.Module, factor: float) -> None:

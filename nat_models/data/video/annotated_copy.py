@@ -13,7 +13,7 @@ import numpy as np
 from matplotlib import get_data_path
 from PIL import Image, ImageDraw, ImageFont
 
-from nat_models.data.video.decoding import VideoError, check_decoder
+from nat_models.data.video.decoding import VideoError, check_decoder, missing_seconds
 
 FONT = f"{get_data_path()}/fonts/ttf/DejaVuSans.ttf"  # with more letters than Pillow's own
 READABLE = 180  # pixels a side: a twentieth of it still makes a letter
@@ -48,32 +48,54 @@ class Frame:
 def read_frames(source: str) -> Iterator[Frame]:
     """Decodes all frames of a video: whatever FFmpeg opens.
 
+    A file must be whole. Of other sources, live ones, parts may be lost on the way.
+
     Raises:
         ValueError: PyAV is missing.
-        VideoError: the video cannot be opened or decoded, or holds no frames.
+        VideoError: the video cannot be opened or decoded, is cut off, or holds no frames; the message says after how
+            many.
     """
     check_decoder("pyav")
     import av
 
-    begin = None
+    is_file = Path(source).is_file()
+    begin, number, packets = None, 0, 0
+    end = Fraction(0)
+
+    def failure(reason: object) -> VideoError:
+        return VideoError(f"cannot decode {source}{f' after {number} frames' if number else ''}: {reason}")
+
     try:
         with av.open(source) as container:
             stream: Any = container.streams.best("video")
             if stream is None:
-                raise VideoError(f"cannot decode {source}: it holds no video")
+                raise failure("it holds no video")
             rate = Fraction(stream.average_rate or stream.guessed_rate or 30)
-            decoded: Any
-            for number, decoded in enumerate(container.decode(stream)):
-                if decoded.pts is None:  # raw streams have no timestamps
-                    time = number / rate
-                else:
-                    time = decoded.pts * stream.time_base
-                begin = time if begin is None else begin
-                yield Frame(decoded, time - begin, stream.time_base, rate)
+            for packet in container.demux(stream):
+                packets += packet.size > 0
+                if is_file and packet.is_corrupt:
+                    raise failure("it is cut off or damaged")
+                decoded: Any
+                for decoded in packet.decode():
+                    if is_file and decoded.is_corrupt:
+                        raise failure("the next one is damaged")
+                    if decoded.pts is None:  # raw streams have no timestamps
+                        time = number / rate
+                    else:
+                        time = decoded.pts * stream.time_base
+                    end = time + 1 / rate
+                    begin = time if begin is None else begin
+                    number += 1
+                    yield Frame(decoded, time - begin, stream.time_base, rate)
+            if is_file and packets < stream.frames:
+                raise failure(f"only {packets} of its {stream.frames} frames are there")
+            missing = missing_seconds(stream, float(end)) if is_file else 0.0
+            if missing:
+                raise failure(f"its last {missing:.1f} seconds are missing")
     except (av.error.FFmpegError, EOFError) as error:
-        raise VideoError(f"cannot decode {source}: {error}") from error
+        raise failure(error) from error
     if begin is None:
-        raise VideoError(f"cannot decode {source}: it holds no frames")
+        raise failure("it holds no frames")
 
 
 def copy_paths(target: str | Path, sources: Sequence[str | Path]) -> list[Path]:

@@ -217,16 +217,9 @@ class PyAVVideo:
         self._timestamps = [(time - self._pts[0]) * unit for time in self._pts]
         interval = self._timestamps[-1] / (self.num_frames - 1) if self.num_frames > 1 else 1 / rate
         self.duration = self._timestamps[-1] + (last_duration * unit or interval)
-        self._check_end(self._pts[0] * unit + self.duration)
-
-    def _check_end(self, end: float) -> None:
-        """Matroska and WebM files do not tell the number of frames, but their streams' ends."""
-        told = self._stream.metadata.get("DURATION", "")
-        if told.count(":") == 2:
-            hours, minutes, seconds = (float(part) for part in told.split(":"))
-            missing = 3600 * hours + 60 * minutes + seconds - end
-            if missing > END_TOLERANCE:
-                raise VideoError(f"cannot decode {self._path}: its last {missing:.1f} seconds are missing")
+        missing = missing_seconds(self._stream, self._pts[0] * unit + self.duration)
+        if missing:
+            raise VideoError(f"cannot decode {self._path}: its last {missing:.1f} seconds are missing")
 
     def _decode(self, indices: Sequence[int]) -> list[np.ndarray]:
         """Frames `[H, W, 3]`."""
@@ -276,6 +269,19 @@ class PyAVVideo:
         context = self._stream.codec_context
         pixels = self._to_rgb.reformat(frame, context.width, context.height, "rgb24", threads=1).to_ndarray()
         return np.rot90(pixels, frame.rotation // 90) if frame.rotation else pixels
+
+
+def missing_seconds(stream: Any, end: float) -> float:
+    """How much later than `end`, in seconds, PyAV's stream should end; 0 within `END_TOLERANCE`, or if nothing tells.
+
+    Matroska and WebM files do not tell the number of frames, but their streams' ends.
+    """
+    told = stream.metadata.get("DURATION", "")
+    if told.count(":") != 2:
+        return 0.0
+    hours, minutes, seconds = (float(part) for part in told.split(":"))
+    missing = 3600 * hours + 60 * minutes + seconds - end
+    return missing if missing > END_TOLERANCE else 0.0
 
 
 class _MissingFrame(Exception):

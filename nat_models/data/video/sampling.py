@@ -67,6 +67,10 @@ class Sampling:
             clips = [self._uniform(duration, num_frames, [offset] * self.num_frames) for offset in offsets]
         return [self._repeated(clip) for clip in clips]
 
+    def interval(self, rate: float) -> float:
+        """Seconds from one frame of a dense clip to the next, in a video of `rate` frames per second."""
+        return self.stride / (self.frame_rate or rate)
+
     def without_motion(self) -> "Sampling":
         """The same, with the middle frame in the place of all others."""
         return replace(self, repeat_frame=True)
