@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from nat_models._timm import feature_take_indices
 from nat_models.layers import Block
+from nat_models.settings import check_number
 
 GLOBAL_POOLS = ("avg", "max", "avgmax", "")
 
@@ -43,8 +44,9 @@ class Backbone(nn.Module):
             drop_rate: dropout rate before the classifier.
 
         Raises:
-            ValueError: an unknown `global_pool` or a negative `num_classes`.
+            ValueError: an unknown `global_pool`, or a number out of its range.
         """
+        check_number("drop_rate", drop_rate, 0, 1)
         self.num_features = self.head_hidden_size = num_features
         self.norm = nn.LayerNorm(num_features)
         self.head_drop = nn.Dropout(drop_rate)
@@ -67,8 +69,7 @@ class Backbone(nn.Module):
             num_classes: its outputs; 0 leaves it out.
             global_pool: new pooling, see `init_head`; None keeps the present one.
         """
-        if num_classes < 0:
-            raise ValueError(f"num_classes must not be negative, got {num_classes}")
+        check_number("num_classes", num_classes, 0, whole=True)
         if global_pool is not None:
             if global_pool not in GLOBAL_POOLS:
                 raise ValueError(
@@ -108,7 +109,7 @@ class Backbone(nn.Module):
         Args:
             x: images `[B, in_chans, *spatial]`.
             indices: stages to return; an int means that many last ones, None all.
-            norm: apply the final norm to the last stage's map.
+            norm: apply the final norm to the last stage's map, and to all of an isotropic model.
             stop_early: leave out the stages after the last chosen one.
             output_fmt: format of the maps, channels-first ("NCHW", of clips also "NCTHW") or channels-last ("NHWC",
                 "NTHWC").
@@ -123,13 +124,14 @@ class Backbone(nn.Module):
             raise ValueError(f"output_fmt must be {channels_first!r} or {self.output_fmt!r}, got {output_fmt!r}")
         take_indices, max_index = feature_take_indices(len(self.stages), indices)
         last = len(self.stages) - 1
+        is_isotropic = len({stage["num_chs"] for stage in self.feature_info}) == 1
         x = self.patch_embed(x)
         intermediates = []
         for i, stage in enumerate(list(self.stages)[: max_index + 1 if stop_early else None]):
             x = stage(x)
             if i in take_indices:
                 features = x[0] if isinstance(x, tuple) else x
-                features = self.norm(features) if norm and i == last else features
+                features = self.norm(features) if norm and (i == last or is_isotropic) else features
                 intermediates.append(features.movedim(-1, 1).contiguous() if output_fmt == channels_first else features)
         if intermediates_only:
             return intermediates

@@ -33,9 +33,8 @@ from nat_models.inflation import inflate, is_of_images, temporal_parameters
 
 _WRAPPERS = ("state_dict_ema", "model_ema", "state_dict", "model")
 _PREFIXES = re.compile(r"^(?:(?:model|module|_orig_mod)\.)+")  # of Lightning modules, DDP and torch.compile
-_IGNORED = re.compile(
-    r"\.relative_position_index$"
-)  # a buffer of the original ViT-RPB that follows from the map's size
+# A buffer of the original ViT-RPB that follows from the map's size, and a counter of torch's AveragedModel.
+_IGNORED = re.compile(r"\.relative_position_index$|^n_averaged$")
 _HUGGING_FACE = (
     (r"^(?:di)?nat\.", ""),
     (r"^embeddings\.patch_embeddings\.projection\.", "patch_embed.proj."),
@@ -175,7 +174,11 @@ def read_file(path: str | Path) -> dict[str, Any]:
         raise FileNotFoundError(f"there is no file {str(path)!r}")
     check_checksum(path)
     try:
-        content = load_file(path) if Path(path).suffix == ".safetensors" else torch.load(path, "cpu", weights_only=True)
+        content = (
+            load_file(path)
+            if Path(path).suffix.lower() == ".safetensors"
+            else torch.load(path, "cpu", weights_only=True)
+        )
     except _UNREADABLE as error:
         raise ValueError(f"cannot load weights from {path}: {_reason(error)}") from error
     if not isinstance(content, dict):
@@ -322,14 +325,21 @@ def unwrap(state_dict: Mapping[str, Any], source: str) -> dict[str, Tensor]:
         source: name of the file, for the error.
 
     Raises:
-        ValueError: there are other things than tensors in it.
+        ValueError: there are other things than tensors in it, or a name comes twice.
     """
     for wrapper in _WRAPPERS:
         if isinstance(state_dict, Mapping) and isinstance(state_dict.get(wrapper), Mapping):
             state_dict = state_dict[wrapper]
-    if not isinstance(state_dict, Mapping) or not all(isinstance(value, Tensor) for value in state_dict.values()):
-        raise ValueError(f"{source} holds no state dict: not only tensors by name")
-    return {_PREFIXES.sub("", key): value for key, value in state_dict.items()}
+    others = [str(key) for key, value in state_dict.items() if not isinstance(value, Tensor)]
+    if others:
+        raise ValueError(f"{source} holds no state dict, itself or as {' or '.join(_WRAPPERS)}, but {_listing(others)}")
+    bare: dict[str, Tensor] = {}
+    for key, value in state_dict.items():
+        name = _PREFIXES.sub("", key)
+        if name in bare:
+            raise ValueError(f"{source} holds more than one {name}: with and without the prefix of {key}")
+        bare[name] = value
+    return bare
 
 
 def rename(weights: Mapping[str, Tensor]) -> dict[str, Tensor]:

@@ -27,6 +27,9 @@ from nat_models.checkpoints import adapt_state_dict, infer_sizes, read_file, ren
 from nat_models.list import published_models
 from nat_models.names import check_model_name
 
+WEIGHTS = (".pth", ".pt", ".bin", ".ckpt", ".safetensors")  # ends of names of files with weights
+NOT_OF_MODELS = {"features_only", "checkpoint_path", "pretrained", "pretrained_cfg", "pretrained_cfg_overlay"}
+
 
 def convert(source: str | Path, target: str | Path, model_name: str | None = None, **model_kwargs: Any) -> nn.Module:
     """Reads weights, fits them to a model, and writes them in timm's format.
@@ -49,6 +52,13 @@ def convert(source: str | Path, target: str | Path, model_name: str | None = Non
     """
     source, target = Path(source), Path(target)
     is_file = target.suffix == ".safetensors"
+    if target.suffix in WEIGHTS and not is_file:
+        raise ValueError(f"the output must be a folder or a file ending in .safetensors, got {str(target)!r}")
+    below = next(folder for folder in target.absolute().parents if folder.exists())
+    if not below.is_dir():
+        raise ValueError(f"the output {str(target)!r} is below a file, {str(below)!r}")
+    for name in NOT_OF_MODELS & model_kwargs.keys():
+        raise ValueError(f"model_kwargs must be arguments of the model itself, got {name}={model_kwargs[name]!r}")
     for path in (target, target.with_suffix(".json")) if is_file else (target,):
         if path.exists():
             raise ValueError(f"the output {str(path)!r} exists already")

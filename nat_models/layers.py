@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from fused_na import neighborhood_attention
+from nat_models.settings import check_number
 
 _T = TypeVar("_T", int, bool)
 
@@ -206,6 +207,8 @@ class ConvTokenizer(nn.Module):
         strides: Sequence[Sequence[int]] = ((2, 2), (2, 2)),
     ) -> None:
         super().__init__()
+        check_number("in_chans", in_chans, 1, whole=True)
+        check_number("embed_dim", embed_dim, 2, whole=True)
         self.proj = nn.Sequential(
             convolution(in_chans, embed_dim // 2, kernel_sizes[0], strides[0]),
             convolution(embed_dim // 2, embed_dim, kernel_sizes[1], strides[1]),
@@ -270,6 +273,8 @@ class PatchEmbed(nn.Module):
 
     def __init__(self, in_chans: int, embed_dim: int, patch_size: Sequence[int] = (4, 4)) -> None:
         super().__init__()
+        check_number("in_chans", in_chans, 1, whole=True)
+        check_number("embed_dim", embed_dim, 1, whole=True)
         self.patch_size = tuple(patch_size)
         self.proj = convolution(in_chans, embed_dim, self.patch_size, self.patch_size, padding=[0] * len(patch_size))
         self.norm = nn.LayerNorm(embed_dim)

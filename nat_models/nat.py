@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from nat_models.backbone import Backbone
 from nat_models.checkpoints import build_model, dinat_cfg, nat_cfg
 from nat_models.layers import Block, ConvDownsampler, ConvTokenizer, NeighborhoodAttention2D
+from nat_models.settings import check_number
 
 __all__ = ["NAT"]  # register_model adds the entry points
 
@@ -84,6 +85,7 @@ class Hierarchical(Backbone):
         """
         if len(depths) < 1 or min(depths) < 1:
             raise ValueError(f"depths must hold at least one stage with at least one block each, got {depths}")
+        check_number("drop_path_rate", drop_path_rate, 0, 1)
         self.embed_dim = embed_dim
         dilations = per_stage("dilations", 1 if dilations is None else dilations, depths)
         options = {name: per_stage(name, values, depths) for name, values in options.items()}

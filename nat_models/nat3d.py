@@ -83,8 +83,6 @@ class NAT3D(Hierarchical):
     ) -> None:
         super().__init__()
         check_number("num_frames", num_frames, 1, whole=True)
-        check_number("embed_dim", embed_dim, 2, whole=True)  # the first convolution has half of them
-        check_number("in_chans", in_chans, 1, whole=True)
         self.num_frames = num_frames
         self.in_chans = in_chans
         self.patch_embed = self.embed_layer(in_chans, embed_dim)

@@ -15,6 +15,7 @@ from nat_models._timm import update_model_input_size
 from nat_models.backbone import Backbone
 from nat_models.checkpoints import build_model, dinat_cfg, resize_rpb
 from nat_models.layers import Block, NeighborhoodAttention2D, PatchEmbed
+from nat_models.settings import check_number
 
 __all__ = ["NATIsotropic"]  # register_model adds the entry points
 
@@ -91,8 +92,9 @@ class NATIsotropic(Backbone):
         drop_path_rate: float = 0.0,
     ) -> None:
         super().__init__()
-        if depth < 1:
-            raise ValueError(f"depth must be at least 1, got {depth}")
+        check_number("depth", depth, 1, whole=True)
+        check_number("patch_size", patch_size, 1, whole=True)
+        check_number("drop_path_rate", drop_path_rate, 0, 1)
         self.in_chans = in_chans
         self.embed_dim = embed_dim
         self.patch_size = patch_size

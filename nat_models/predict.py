@@ -16,12 +16,12 @@ from typing import Any
 import timm
 import torch
 from omegaconf import OmegaConf
-from PIL import Image
+from PIL import Image, ImageOps
 from rich.bar import Bar
 from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
-from timm.data import ImageNetInfo, get_img_extensions, infer_imagenet_subset, resolve_model_data_config
+from timm.data import ImageNetInfo, get_img_extensions, infer_imagenet_subset, resolve_input_data_config
 from timm.utils import ParseKwargs, natural_key
 from torch import Tensor, nn
 
@@ -44,6 +44,7 @@ from nat_models.engine.run_folder import read_data_config
 from nat_models.names import check_model_name
 
 TOP = 5
+IMAGE_EXTENSIONS = get_img_extensions(as_set=True) | {".bmp", ".gif", ".tif", ".tiff", ".webp"}
 
 
 @dataclass(frozen=True)
@@ -103,7 +104,7 @@ class Predictor:
         mode = "L" if self.data_config["input_size"][0] == 1 else "RGB"
         try:
             with Image.open(path) as image:
-                return self.transform(image.convert(mode))[None]
+                return self.transform(upright(image).convert(mode))[None]
         except DECODE_ERRORS as error:
             raise UndecodableImageError(f"cannot decode {str(path)!r}: {error}") from error
 
@@ -128,6 +129,12 @@ class Predictor:
         """The first five classes of `probabilities [num_classes]`, most likely first."""
         values, labels = probabilities.topk(min(TOP, len(self.class_names)))
         return [(self.class_names[label], value) for label, value in zip(labels.tolist(), values.tolist(), strict=True)]
+
+
+def upright(image: Image.Image) -> Image.Image:
+    """As its camera says it was held, and with grey values of 16 bits brought to 8, which Pillow would cut off."""
+    image = ImageOps.exif_transpose(image)
+    return image.point(lambda value: value / 256).convert("L") if image.mode.startswith("I") else image
 
 
 def load_run(path: str | Path) -> Predictor:
@@ -174,7 +181,7 @@ def load_model(name: str, checkpoint: str | Path | None = None, **model_kwargs: 
         raise ValueError(f"model_kwargs={model_kwargs} do not fit {name}: {error}") from error
     num_frames = getattr(model, "num_frames", None)  # of video models, which the recipes train with stride 2
     views = None if num_frames is None else Views(Sampling(num_frames, stride=2), clips=4, crops=3)
-    return Predictor(model, _class_names(model), resolve_model_data_config(model), views)
+    return Predictor(model, _class_names(model), resolve_input_data_config(model), views)
 
 
 def _class_names(model: nn.Module) -> list[str]:
@@ -199,8 +206,7 @@ def find_inputs(paths: Iterable[str | Path], of_videos: bool) -> list[Path]:
         FileNotFoundError: a path does not exist.
         ValueError: a folder holds neither, or a file is of the other kind.
     """
-    image_extensions = get_img_extensions(as_set=True)
-    extensions = set(VIDEO_EXTENSIONS) if of_videos else image_extensions
+    extensions = set(VIDEO_EXTENSIONS) if of_videos else IMAGE_EXTENSIONS
     kind, other = ("videos", "images") if of_videos else ("images", "videos")
     found: list[Path] = []
     for path in map(Path, paths):
@@ -211,7 +217,7 @@ def find_inputs(paths: Iterable[str | Path], of_videos: bool) -> list[Path]:
             if not files:
                 raise ValueError(f"there are no {kind} ({', '.join(sorted(extensions))}) in the folder {str(path)!r}")
             found += sorted(files, key=lambda file: natural_key(str(file)))
-        elif path.suffix.lower() in (image_extensions if of_videos else VIDEO_EXTENSIONS):
+        elif path.suffix.lower() in (IMAGE_EXTENSIONS if of_videos else VIDEO_EXTENSIONS):
             raise ValueError(f"the model takes {kind}, not {other} such as {str(path)!r}")
         elif path.is_file():
             found.append(path)
@@ -224,9 +230,11 @@ def attention_files(target: str | Path, images: Sequence[Path]) -> list[Path]:
     """Where each image's picture goes: `target` itself if it ends in `.png`, else `target/NAME_attention.png`.
 
     Raises:
-        ValueError: two images would share a picture.
+        ValueError: two images would share a picture, or `target` is a file of another kind.
     """
     target = Path(target)
+    if target.suffix != ".png" and (target.suffix.lower() in IMAGE_EXTENSIONS or target.is_file()):
+        raise ValueError(f"--attention must be a folder or a file ending in .png, got {str(target)!r}")
     files = [target if target.suffix == ".png" else target / f"{image.stem}_attention.png" for image in images]
     shared = next((file for file in files if files.count(file) > 1), None)
     if shared is not None:
@@ -310,9 +318,14 @@ def load(options: argparse.Namespace) -> Predictor:
         predictor = load_model(options.model, options.checkpoint, **options.model_kwargs)
     elif options.checkpoint or options.model_kwargs:
         raise ValueError(f"--checkpoint and --model-kwargs are for registered models, {options.model!r} is a run")
+    elif (Path(options.model) / "config.json").is_file():
+        raise ValueError(f"{options.model!r} holds a model in timm's format: give local-dir:{options.model}")
     else:
         predictor = load_run(options.model)
-    predictor.model.to(options.device)
+    try:
+        predictor.model.to(options.device)
+    except (RuntimeError, AssertionError) as error:  # no such device, none of that name, or none in this build
+        raise ValueError(f"--device={options.device!r} cannot be used: {str(error).splitlines()[0]}") from None
     return predictor
 
 

@@ -16,6 +16,7 @@ from golden_models import MODELS, golden, load, relative_error, save
 from safetensors.torch import load_file
 from timm.models import save_for_hf
 from torch import Tensor, nn
+from torch.optim.swa_utils import AveragedModel
 
 from nat_models.checkpoints import adapt_state_dict, rename, resize_rpb
 
@@ -104,6 +105,20 @@ def test_prefixes_of_wrapping_modules(prefix: str, tmp_path: Path) -> None:
     state = {f"{prefix}{key}": value for key, value in golden("nat")[1].items()}
     path = save({"state_dict": state, "hyper_parameters": {"model_name": "nat_mini"}}, tmp_path / "last.ckpt")
     assert logits_error("nat", load("nat", path)) < 1e-4
+
+
+def test_names_that_come_twice_are_an_error(tmp_path: Path) -> None:
+    state = golden("nat")[1]
+    path = save(state | {"model.head.bias": state["head.bias"]}, tmp_path / "weights.pth")
+    wrong("nat", path, "holds more than one head.bias: with and without the prefix of model.head.bias")
+
+
+def test_the_average_of_torch(tmp_path: Path) -> None:
+    config, state, _ = golden("nat")
+    average = AveragedModel(timm.create_model("nat_mini", **config))
+    average.module.load_state_dict(state)
+    model = load("nat", save(average.state_dict(), tmp_path / "average.PTH"))
+    assert logits_error("nat", model) < 1e-4 and model.load_report.ignored == ["n_averaged"]
 
 
 def test_state_dict_in_memory() -> None:
@@ -340,6 +355,11 @@ def test_truncated_file(suffix: str, tmp_path: Path) -> None:
 @pytest.mark.parametrize("content", [[torch.ones(1)], {"epoch": 3}, torch.ones(1), {"model": {"a": 1}}])
 def test_file_without_a_state_dict(content: Any, tmp_path: Path) -> None:
     wrong("nat", save(content, tmp_path / "weights.pth"), "cannot load weights from|holds no state dict")
+
+
+def test_what_a_file_holds_instead_is_named(tmp_path: Path) -> None:
+    path = save({"ema": golden("nat")[1], "epoch": 3}, tmp_path / "weights.pth")
+    wrong("nat", path, "holds no state dict, itself or as state_dict_ema or .* or model, but ema, epoch")
 
 
 def test_nothing_in_a_file_is_executed(tmp_path: Path) -> None:

@@ -107,6 +107,7 @@ def test_checkpoint_of_a_training_run(tmp_path: Path) -> None:
         (["--model", "nat_mini.bogus"], "model='nat_mini.bogus': Invalid pretrained tag"),
         (["--model", "nat_mini"], r"do not fit this NAT; missing keys: .*levels.0.blocks.2.norm1.weight"),
         (["--model", "nat_mini", "--model-kwargs", "width=3"], "unexpected keyword argument 'width'"),
+        (["--model-kwargs", "features_only=True"], "must be arguments of the model itself, got features_only=True"),
         ([], "fits no registered model as it is: name the model"),
     ],
 )
@@ -119,6 +120,13 @@ def test_what_a_user_can_correct_is_one_line(
     out, err = capsys.readouterr()
     assert not out and re.match(f"error: .*{message}.*\n$", err)
     assert [path.name for path in tmp_path.iterdir()] == ["weights.pth"]
+
+
+@pytest.mark.parametrize("target", ["out.pth", "weights.pth/out", "weights.pth/new/out.safetensors"])
+def test_outputs_that_cannot_be_written(target: str, tmp_path: Path) -> None:
+    source = save(golden("nat")[1], tmp_path / "weights.pth")
+    with pytest.raises(ValueError, match="the output .*(ending in .safetensors, got|is below a file)"):
+        convert(source, tmp_path / target, "nat_mini")
 
 
 def test_missing_input_and_existing_output(tmp_path: Path) -> None:

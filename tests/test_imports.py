@@ -17,7 +17,7 @@ LAYERS = {
     "nat_models.scan": ["nat_models.data"],
     "nat_models.shards": ["nat_models.data"],
     "nat_models._timm": [],
-    "nat_models.layers": ["fused_na", "nat_models._timm"],
+    "nat_models.layers": ["fused_na", "nat_models._timm", "nat_models.settings"],
     "nat_models.engine": ["nat_models"],
     "nat_models.predict": ["nat_models"],  # a command, as train and eval
     "nat_models.stream": ["nat_models"],  # likewise

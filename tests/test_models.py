@@ -297,6 +297,11 @@ def test_forward_intermediates(name: str) -> None:
     last = model.forward_intermediates(batch, [-1], norm=True, output_fmt="NHWC", intermediates_only=True)
     torch.testing.assert_close(last, [final])
     torch.testing.assert_close(model.forward_intermediates(batch, 2, intermediates_only=True), maps[-2:])
+    _, normalised = model.forward_intermediates(batch, norm=True)
+    is_isotropic = len(set(info.channels())) == 1
+    for i, (with_norm, without) in enumerate(zip(normalised, maps, strict=True)):
+        expected = model.norm(without.movedim(1, -1)).movedim(-1, 1) if is_isotropic or i == len(maps) - 1 else without
+        torch.testing.assert_close(with_norm, expected)
     model.train().set_grad_checkpointing()
     for module in model.modules():
         if isinstance(module, DropPath):
@@ -564,7 +569,12 @@ def test_drop_rates_act_in_training_only() -> None:
         (dict(dilations=[1, 2, [], 1]), "dilations must hold at least one dilation per stage"),
         (dict(dilations=[1, 2, 0, 1]), "dilation must be at least 1, got 0"),
         (dict(global_pool="mean"), "global_pool must be one of 'avg', 'max', 'avgmax', '', got 'mean'"),
-        (dict(num_classes=-1), "num_classes must not be negative, got -1"),
+        (dict(num_classes=-1), "num_classes must be an integer, at least 0, got -1"),
+        (dict(num_classes="10"), "num_classes must be an integer, at least 0, got '10'"),
+        (dict(in_chans=0), "in_chans must be an integer, at least 1, got 0"),
+        (dict(embed_dim=1), "embed_dim must be an integer, at least 2, got 1"),
+        (dict(drop_path_rate=2), "drop_path_rate must be a number, at least 0 and at most 1, got 2"),
+        (dict(drop_rate=-0.1), "drop_rate must be a number, at least 0 and at most 1, got -0.1"),
     ],
 )
 def test_wrong_arguments_are_named(arguments: dict[str, Any], message: str) -> None:
@@ -573,7 +583,7 @@ def test_wrong_arguments_are_named(arguments: dict[str, Any], message: str) -> N
 
 
 def test_wrong_arguments_of_isotropic_models_are_named() -> None:
-    with pytest.raises(ValueError, match="depth must be at least 1, got 0"):
+    with pytest.raises(ValueError, match="depth must be an integer, at least 1, got 0"):
         small("nat_isotropic_small", depth=0)
     with pytest.raises(ValueError, match="img_size must be at least 1, got 0"):
         small("vitrpb_small", img_size=0)

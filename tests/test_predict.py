@@ -121,6 +121,29 @@ def test_grey_images_and_unnamed_classes(image: Path, tmp_path: Path) -> None:
     assert pixels.shape == (1, 1, 224, 224) and {name for name, _ in predictor.predict(pixels)} == {"0", "1"}
 
 
+def test_images_are_read_upright_and_with_all_their_bits(weights: Path, image: Path, tmp_path: Path) -> None:
+    predictor = load_model("dinat_mini", weights, **TINY)
+    with Image.open(image) as upright:
+        turned = upright.transpose(Image.Transpose.ROTATE_90)
+        exif = Image.Exif()
+        exif[0x0112] = 6  # to be turned by 270 degrees, counterclockwise
+        turned.save(tmp_path / "turned.png", exif=exif)
+        upright.save(tmp_path / "upright.png")
+    assert torch.equal(predictor.read(tmp_path / "turned.png"), predictor.read(tmp_path / "upright.png"))
+
+    grey = np.linspace(0, 255, 64 * 64).round().astype(np.uint16).reshape(64, 64)
+    Image.fromarray(grey * 256).save(tmp_path / "16.png")
+    Image.fromarray(grey.astype(np.uint8)).save(tmp_path / "8.png")
+    assert torch.equal(predictor.read(tmp_path / "16.png"), predictor.read(tmp_path / "8.png"))
+
+
+def test_full_attention_predicts_at_the_size_that_it_covers(image: Path, tmp_path: Path) -> None:
+    sizes: dict[str, Any] = dict(embed_dim=16, depth=2, num_heads=2, img_size=96)
+    save_file(timm.create_model("vitrpb_small", **sizes).state_dict(), tmp_path / "weights.safetensors")
+    predictor = load_model("vitrpb_small", tmp_path / "weights.safetensors", **sizes)
+    assert predictor.read(image).shape == (1, 3, 96, 96)
+
+
 def test_folders_are_searched_in_natural_order(tmp_path: Path) -> None:
     for name in ("b/10.png", "b/9.PNG", "a.jpg"):
         write_image(tmp_path / name, seed=0)
@@ -154,7 +177,7 @@ def test_one_picture_for_each_image() -> None:
         (["nat_minny", "{image}"], "model='nat_minny' is not a registered model; the nearest names are "),
         (["nat_mini.in2k", "{image}"], "model='nat_mini.in2k'"),
         (["nat_mini", "nowhere.jpg"], "there is no file 'nowhere.jpg'"),
-        (["{run}", "{empty}"], "there are no images (.jpeg, .jpg, .png) in the folder '{empty}'"),
+        (["{run}", "{empty}"], "there are no images (.bmp, .gif, .jpeg, .jpg, .png, .tif, .tiff, .webp) in the folder"),
         (["nat_mini", "{image}", "--checkpoint", "nowhere.pth"], "there is no file 'nowhere.pth'"),
         (["nat_mini", "{image}", "--checkpoint", "{weights}"], "do not fit this NAT; missing keys"),
         (["nat_mini", "{image}", "--checkpoint", "{best}"], "was written by train.py: give it, or its run folder"),
@@ -163,6 +186,10 @@ def test_one_picture_for_each_image() -> None:
         (["{image}", "{image}"], "is not a checkpoint of train.py"),
         (["{run}", "{image}", "--checkpoint", "{weights}"], "are for registered models"),
         (["{run}", "{image}", "--annotate"], "--annotate is for models of videos"),
+        (["{run}", "{image}", "--device", "gpu"], "--device='gpu' cannot be used: "),
+        (["{run}", "{image}", "--device", "xpu"], "--device='xpu' cannot be used: "),
+        (["{exported}", "{image}"], "holds a model in timm's format: give local-dir:{exported}"),
+        (["{run}", "{image}", "--attention", "a.jpg"], "must be a folder or a file ending in .png, got 'a.jpg'"),
         (["{run}", "{damaged}"], "cannot decode '{damaged}'"),
         (["{run}", "{image}", "--attention", "--queries", "5,48"], "5,48 is not in the image of 32 x 48"),
     ],
@@ -174,7 +201,9 @@ def test_mistakes_get_one_line(
     (tmp_path / "empty").mkdir()
     (tmp_path / "damaged.jpg").write_bytes(image.read_bytes()[:300])
     names = dict(image=image, weights=weights, run=run_dir, best=run_dir / "checkpoints" / "best.ckpt")
-    names |= dict(empty=tmp_path / "empty", damaged=tmp_path / "damaged.jpg")
+    names |= dict(empty=tmp_path / "empty", damaged=tmp_path / "damaged.jpg", exported=tmp_path / "exported")
+    (tmp_path / "exported").mkdir()
+    (tmp_path / "exported" / "config.json").write_text("{}")
     with pytest.raises(SystemExit, match="2"):
         main([argument.format(**names) for argument in arguments])
     error = capsys.readouterr().err
