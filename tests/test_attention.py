@@ -45,9 +45,9 @@ def captured(layer: nn.Module, spatial: tuple[int, ...]) -> tuple[LayerAttention
 def test_probabilities_are_the_layer_s(name: str) -> None:
     layer_class, arguments, spatial = LAYERS[name]
     torch.manual_seed(0)
-    layer = layer_class(8, num_heads=2, **arguments)
+    layer = layer_class(12, num_heads=2, **arguments)
     for parameter in layer.parameters():
-        nn.init.normal_(parameter)
+        nn.init.normal_(parameter, std=0.5)
     attention, output = captured(layer, spatial)
     assert attention.spatial == spatial
     masks = [axis_tables(axis)[0] for axis in attention.axes]
