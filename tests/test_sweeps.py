@@ -13,7 +13,10 @@ TINY += ["optim.base_batch=null", "optim.schedule.warmup_epochs=0", "optim.sched
 
 def test_optuna_searches_and_keeps_every_run(tmp_path):
     pytest.importorskip("hydra_plugins.hydra_optuna_sweeper")
+    import optuna
+
     search = ["hparams_search=optuna", "hydra.sweeper.n_trials=4", "debug=smoke", "optimized_metric=val/loss"]
+    search += ["hydra.sweeper.study_name=study", "hydra.sweeper.storage=sqlite:///study.db"]
     # With the larger rate trainings diverge, which ends neither the search nor the others.
     diverging = ["optim.base_lr=choice(1e-3,1e30)", "trainer.max_steps=4", "callbacks.non_finite.max_consecutive=1"]
     process = run(tmp_path, "train.py", *search, "hydra.sweeper.direction=minimize", *TINY, *diverging)
@@ -32,6 +35,8 @@ def test_optuna_searches_and_keeps_every_run(tmp_path):
     smoothing = configs[losses.index(min(losses))]["model"]["label_smoothing"]
     assert best["best_value"] == pytest.approx(min(losses))
     assert best["best_params"]["model.label_smoothing"] == pytest.approx(smoothing)
+    study = optuna.load_study(study_name="study", storage=f"sqlite:///{tmp_path / 'study.db'}")
+    assert len(study.trials) == 4  # to go on with
 
 
 def test_a_run_returns_the_optimized_metric(tmp_path, capsys):
