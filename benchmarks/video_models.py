@@ -36,10 +36,10 @@ from torchvision.models.video import mvit
 from turns import alone, join
 
 import nat_models  # noqa: F401  registers the models with timm
-from fused_na import neighborhood_attention
+from fused_na import packed_neighborhood_attention
 from fused_na.window import Axis
 
-ATTENTION = "nat_models.layers.neighborhood_attention"
+ATTENTION = "nat_models.layers.packed_neighborhood_attention"
 VARIANTS: dict[str, dict[str, Any]] = {
     "": {},
     "flex": {},
@@ -54,37 +54,37 @@ TOLERANCE = 0.05  # of results that should be the same, relative by norm, in bfl
 
 
 class Flex:
-    """`neighborhood_attention` by FlexAttention, for the calls that it has been prepared for."""
+    """`packed_neighborhood_attention` by FlexAttention, for the calls that it has been prepared for."""
 
     def __init__(self) -> None:
         self.problems: dict[tuple, tuple] = {}
 
-    def prepare(self, query: Tensor, key: Tensor, value: Tensor, *options: Any) -> Tensor:
+    def prepare(self, qkv: Tensor, *options: Any) -> Tensor:
         """Stands in for attention while a model runs once: readies the rule and the mask of its calls.
 
         Raises:
             RuntimeError: FlexAttention does not give what our kernels do, on random inputs of the same shapes.
         """
-        problem = self._problem(query, options)
+        problem = self._problem(qkv, options)
         if problem in self.problems:
-            return query
+            return qkv.select(-3, 0)
         attends, place = rule(tuple(map(Axis, *problem)))
-        tokens, device = query.shape[1:-2].numel(), query.device
+        tokens, device = qkv.shape[1:-3].numel(), qkv.device
         mask = block_mask(attends, tokens, device)
         self.problems[problem] = (mask, place)
-        inputs = [torch.randn(x.shape, dtype=x.dtype, device=device) for x in (query, key, value)]
+        inputs = torch.randn(qkv.shape, dtype=qkv.dtype, device=device)
         *others, rpb = options
         rpb = None if rpb is None else torch.randn_like(rpb)
-        expected = neighborhood_attention(*inputs, *others, rpb)
-        actual = compiled(self.attend, device)(*inputs, *others, rpb)
+        expected = packed_neighborhood_attention(inputs, *others, rpb)
+        actual = compiled(self.attend, device)(inputs, *others, rpb)
         error = ((actual - expected).float().norm() / expected.float().norm()).item()
         if not error < TOLERANCE:
             raise RuntimeError(f"FlexAttention differs by {error:.1e} from neighborhood attention of {problem}")
-        return query
+        return qkv.select(-3, 0)
 
-    def attend(self, query: Tensor, key: Tensor, value: Tensor, *options: Any) -> Tensor:
-        """The arguments of `neighborhood_attention` up to `rpb`; the same result."""
-        mask, place = self.problems[self._problem(query, options)]
+    def attend(self, qkv: Tensor, *options: Any) -> Tensor:
+        """The arguments of `packed_neighborhood_attention` up to `rpb`; the same result."""
+        mask, place = self.problems[self._problem(qkv, options)]
         *_, scale, rpb = options
         score_mod = None
         if rpb is not None:
@@ -93,14 +93,14 @@ class Flex:
             def score_mod(score: Tensor, batch: Tensor, head: Tensor, query: Tensor, key: Tensor) -> Tensor:
                 return score + bias[head, place(query, key)]
 
-        heads_first = (x.flatten(1, -3).transpose(1, 2) for x in (query, key, value))
-        output = flex_attention(*heads_first, score_mod=score_mod, block_mask=mask, scale=scale)
-        return output.transpose(1, 2).unflatten(1, query.shape[1:-2])
+        query, key, value = qkv.flatten(1, -4).transpose(1, -2).unbind(2)  # each [B, heads, tokens, head_dim]
+        output = flex_attention(query, key, value, score_mod=score_mod, block_mask=mask, scale=scale)
+        return output.transpose(1, 2).unflatten(1, qkv.shape[1:-3])
 
     @staticmethod
-    def _problem(query: Tensor, options: tuple) -> tuple:
+    def _problem(qkv: Tensor, options: tuple) -> tuple:
         kernel_size, stride, dilation, is_causal, *_ = options
-        return tuple(map(tuple, (query.shape[1:-2], kernel_size, stride, dilation, is_causal)))
+        return tuple(map(tuple, (qkv.shape[1:-3], kernel_size, stride, dilation, is_causal)))
 
 
 def build(name: str, frames: int, size: int) -> nn.Module:

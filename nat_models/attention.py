@@ -85,8 +85,8 @@ def capture_attention(model: nn.Module) -> Iterator[dict[str, LayerAttention]]:
 
     def capture(name: str, layer: NeighborhoodAttention, inputs: tuple[Tensor]) -> None:
         spatial = tuple(inputs[0].shape[1:-1])
-        query, key, value = projected.pop(layer.qkv).unflatten(-1, (3, layer.num_heads, -1)).unbind(-3)
-        query, key = layer.encode_positions(query, key)
+        qkv = layer.encode_positions(projected.pop(layer.qkv).unflatten(-1, (3, layer.num_heads, -1)))
+        query, key, value = qkv.unbind(-3)
         kernel_size, rpb = layer.neighborhood(spatial)
         axes = list(map(Axis, query.shape[1:-2], kernel_size, layer.stride, layer.dilation, layer.is_causal))
         scale = query.shape[-1] ** -0.5 if layer.qk_scale is None else layer.qk_scale

@@ -69,12 +69,12 @@ class ClipAttention(NeighborhoodAttention3D):
         temporal_rpb = self.temporal_rpb[:, kernel_size - cropped : kernel_size + cropped - 1]
         return (cropped, *others), self.rpb[:, None] + temporal_rpb[:, :, None, None]
 
-    def encode_positions(self, query: Tensor, key: Tensor) -> tuple[Tensor, Tensor]:
-        """Rotates query and key `[B, T, H, W, heads, head_dim]` where `position` is "rope"."""
+    def encode_positions(self, qkv: Tensor) -> Tensor:
+        """Rotates query and key in `[B, T, H, W, 3, heads, head_dim]` where `position` is "rope"."""
         if self.position == "rpb":
-            return query, key
-        angles = rotary_angles([torch.arange(n, device=query.device) for n in query.shape[1:4]], query.shape[-1])
-        return rotate(query, angles), rotate(key, angles)
+            return qkv
+        angles = rotary_angles([torch.arange(n, device=qkv.device) for n in qkv.shape[1:4]], qkv.shape[-1])
+        return torch.cat([rotate(qkv[..., :2, :, :], angles.unsqueeze(-2)), qkv[..., 2:, :, :]], -3)
 
 
 def rotary_angles(positions: Sequence[Tensor], head_dim: int, base: float = 100.0) -> Tensor:

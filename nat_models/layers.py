@@ -15,7 +15,7 @@ from timm.models import checkpoint
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from fused_na import neighborhood_attention
+from fused_na import packed_neighborhood_attention
 from nat_models.settings import check_number
 
 _T = TypeVar("_T", int, bool)
@@ -98,12 +98,9 @@ class NeighborhoodAttention(nn.Module):
         padding = [max(k * d - n, 0) for k, d, n in zip(kernel_size, self.dilation, spatial, strict=True)]
         if any(padding):
             x = F.pad(x, [0, 0, *chain.from_iterable((0, after) for after in reversed(padding))])
-        query, key, value = self.qkv(x).unflatten(-1, (3, self.num_heads, -1)).unbind(-3)
-        query, key = self.encode_positions(query, key)
+        qkv = self.encode_positions(self.qkv(x).unflatten(-1, (3, self.num_heads, -1)))
         stride = tuple(map(min, self.stride, kernel_size))
-        x = neighborhood_attention(  # type: ignore[assignment]  # a tuple only with return_lse
-            query, key, value, kernel_size, stride, self.dilation, self.is_causal, self.qk_scale, rpb
-        )
+        x = packed_neighborhood_attention(qkv, kernel_size, stride, self.dilation, self.is_causal, self.qk_scale, rpb)
         if any(padding):
             x = x[(slice(None), *(slice(n) for n in spatial))]
         return self.proj_drop(self.proj(x.flatten(-2)))
@@ -112,9 +109,10 @@ class NeighborhoodAttention(nn.Module):
         """Kernel size and biases for a map of this size."""
         return self.kernel_size, self.rpb
 
-    def encode_positions(self, query: Tensor, key: Tensor) -> tuple[Tensor, Tensor]:
-        """What to do to query and key `[B, *spatial, heads, head_dim]` before attention: nothing but in subclasses."""
-        return query, key
+    def encode_positions(self, qkv: Tensor) -> Tensor:
+        """What to do to query and key in `[B, *spatial, 3, heads, head_dim]` before attention: nothing but in
+        subclasses."""
+        return qkv
 
     def extra_repr(self) -> str:
         return (

@@ -23,7 +23,7 @@ from torch import Tensor
 from triton.runtime import interpreter
 from triton.tools.tensor_descriptor import TensorDescriptor
 
-from fused_na import merge_attentions, na2d, neighborhood_attention, ops
+from fused_na import merge_attentions, na2d, neighborhood_attention, ops, packed_neighborhood_attention
 from fused_na.triton import attention, bulk_copy, gpu, neighborhood, plan, prepare, query_bias, query_bias_clips, walk
 from fused_na.triton.geometry import PARTIAL_BYTES, Geometry, divisor
 from fused_na.triton.launch import Prepared
@@ -218,6 +218,43 @@ def test_loads_and_bulk_copies(axes: list[Axis], has_rpb: bool, bulk: bool, monk
     else:
         check(problem)
     assert bool(described) == (bulk and not any(axis.length % axis.dilation for axis in axes))
+
+
+@pytest.mark.parametrize("bulk", [False, True], ids=["stores", "bulk copies"])
+@pytest.mark.parametrize(
+    "axes",
+    [
+        [Axis(40, 5, 2, 4)],
+        [Axis(9, 4, 1, 2, True), Axis(7, 3, 2)],
+        [Axis(8, 3, 1, 2), Axis(10, 2, 1, 3)],
+        [Axis(4, 3, 2, 1, True), Axis(3, 3), Axis(5, 2)],
+    ],
+)
+def test_packed(axes: list[Axis], bulk: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The gradient of query, key and value in one tensor is theirs as single tensors, bit by bit."""
+    tile = [(1, 1, 16), (4, 1, 4), (1, 4, 4)][len(axes) - 1]
+    monkeypatch.setattr(plan, "choose_tiles", lambda *problem: Tiles(tile, tile, 1, 1, bulk))
+    monkeypatch.setattr(gpu, "capability", lambda device: 9)
+    problem = Problem(*zip(*axes, strict=True), batch=2, heads=2, head_dim=16, head_dim_v=16, has_rpb=len(axes) == 2)
+    inputs = problem.inputs(torch.float32)
+    qkv = torch.stack([inputs.pop(name) for name in ("query", "key", "value")], -3).requires_grad_()
+    wanted = [qkv, *(x.requires_grad_() for x in inputs.values())]
+    options: dict = problem.options | inputs | {"backend": "triton"}
+    outputs = [neighborhood_attention(*qkv.unbind(-3), **options), packed_neighborhood_attention(qkv, **options)]
+    expected, actual = (torch.autograd.grad(x.sin().sum(), wanted) for x in outputs)
+    assert torch.equal(*outputs) and all(map(torch.equal, actual, expected))
+
+
+@pytest.mark.parametrize("changes", [dict(scale=-0.7), dict(scale=0.0), dict(batch=0)], ids=str)
+def test_packed_tensors(changes: dict) -> None:
+    problem = replace(FEW, **changes)
+    inputs = problem.inputs(torch.float32)
+    qkv = torch.stack([inputs[name] for name in ("query", "key", "value")], -3).requires_grad_()
+    results = []
+    for backend in ("triton", "reference"):
+        output = packed_neighborhood_attention(qkv, rpb=inputs["rpb"], **problem.options, backend=backend)
+        results.append((output, *torch.autograd.grad(output.sin().sum(), qkv)))
+    torch.testing.assert_close(*results)
 
 
 @pytest.mark.parametrize("axis", [1, 2])
@@ -584,11 +621,23 @@ def test_operators_pass_opcheck(has_rpb: bool) -> None:
     torch.library.opcheck(ops.backward, (*incoming, *tensors, output, lse, *options, has_rpb))
 
 
+def test_operators_pass_opcheck_on_packed_tensors() -> None:
+    qkv, rpb = torch.randn(1, 3, 4, 3, 1, 8), torch.randn(1, 3, 3)
+    tensors, options = (qkv, None, None, rpb, None, None), ([2, 2], [1, 1], [1, 1], [True, False], 0.3)
+    torch.library.opcheck(ops.forward, (qkv.clone().requires_grad_(), *tensors[1:], *options))
+    output, lse = ops.forward(*tensors, *options)
+    incoming = torch.randn_like(output), torch.randn_like(lse)
+    torch.library.opcheck(ops.backward, (*incoming, *tensors, output, lse, *options, True))
+
+
+@pytest.mark.parametrize("packed", [False, True], ids=["", "packed"])
 @pytest.mark.parametrize("dynamic", [False, True], ids=["static", "dynamic"])
-def test_compile(dynamic: bool) -> None:
+def test_compile(dynamic: bool, packed: bool) -> None:
     rpb = torch.randn(1, 3, 3, requires_grad=True)
 
     def attend(qkv: Tensor) -> Tensor:
+        if packed:
+            return packed_neighborhood_attention(qkv, kernel_size=2, rpb=rpb, backend="triton").sin().sum()
         return na2d(*qkv.unbind(-3), kernel_size=2, rpb=rpb, backend="triton").sin().sum()
 
     compiled = torch.compile(attend, fullgraph=True, backend="aot_eager", dynamic=dynamic)

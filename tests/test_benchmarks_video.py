@@ -40,8 +40,8 @@ def test_flex_attention_takes_the_place_of_ours(model: nn.Module) -> None:
 
 def test_another_attention_is_not_timed(model: nn.Module) -> None:
     class Wrong(Flex):
-        def attend(self, query: Tensor, *options: object) -> Tensor:
-            return query
+        def attend(self, qkv: Tensor, *options: object) -> Tensor:
+            return qkv.select(-3, 0)
 
     with pytest.raises(RuntimeError, match="FlexAttention differs by"), patch(ATTENTION, Wrong().prepare):
         model(torch.randn(1, 3, 6, 32, 32))

@@ -5,7 +5,16 @@ import re
 import pytest
 import torch
 
-from fused_na import blocked, functional, na1d, na2d, na3d, neighborhood_attention, reference
+from fused_na import (
+    blocked,
+    functional,
+    na1d,
+    na2d,
+    na3d,
+    neighborhood_attention,
+    packed_neighborhood_attention,
+    reference,
+)
 
 
 def call(**changes) -> None:
@@ -111,6 +120,28 @@ def test_illegal_arguments(changes: dict, message: list[str], monkeypatch: pytes
         call(**changes)
     for part in message:
         assert part in str(error.value)
+
+
+@pytest.mark.parametrize("shape", [(3, 2, 4), (2, 3, 2, 4), (2, 6, 2, 2, 4), (2, 3, 3, 3, 3, 3, 2, 4)], ids=str)
+def test_tensors_that_do_not_hold_query_key_and_value(shape: tuple[int, ...]) -> None:
+    with pytest.raises(ValueError, match=rf"qkv must be \[B, \*spatial, 3, .*{re.escape(str([*shape]))}"):
+        packed_neighborhood_attention(torch.zeros(shape), 1)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"kernel_size": 7}, "kernel_size .* 7"),
+        ({"rpb": torch.zeros(2, 5, 3)}, r"rpb .*\[2, 5, 5\]"),
+        ({"scale": "1"}, "scale .*'1'"),
+        ({"backend": "triton"}, "backend='triton'.*cpu"),
+    ],
+    ids=str,
+)
+def test_illegal_arguments_beside_packed_tensors(changes: dict, message: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
+    with pytest.raises(ValueError, match=message):
+        packed_neighborhood_attention(**({"qkv": torch.zeros(2, 6, 8, 3, 2, 16), "kernel_size": 3} | changes))
 
 
 def test_a_missing_triton_is_named(monkeypatch: pytest.MonkeyPatch) -> None:

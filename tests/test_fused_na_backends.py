@@ -9,7 +9,7 @@ import torch
 from attention_problems import Problem, assert_close, attend_with_gradients, problems
 from hypothesis import given
 
-from fused_na import blocked, na2d, neighborhood_attention
+from fused_na import blocked, na2d, neighborhood_attention, packed_neighborhood_attention
 
 SMALL = Problem((6, 7), (3, 4), (2, 1), (2, 1), (False, True), heads=4, head_dim_v=5, has_rpb=True, additional=2)
 
@@ -121,6 +121,20 @@ def test_only_the_wanted_gradients(backend: str) -> None:
     output.square().sum().backward()
     assert inputs["rpb"].grad is not None
     assert all(x.grad is None for name, x in inputs.items() if name != "rpb")
+
+
+@pytest.mark.parametrize("backend", ["reference", "blocked", None])
+@pytest.mark.parametrize("spatial", [(9,), (6, 7), (3, 4, 5)], ids=str)
+def test_query_key_and_value_in_one_tensor(spatial: tuple[int, ...], backend: str | None) -> None:
+    qkv = torch.randn(2, *spatial, 3, 2, 4, dtype=torch.float64, requires_grad=True)
+    rpb = torch.randn(2, *[5] * len(spatial), dtype=torch.float64, requires_grad=True)
+    results = []
+    for output in (
+        packed_neighborhood_attention(qkv, 3, 2, 1, True, 0.7, rpb, backend),
+        neighborhood_attention(*qkv.unbind(-3), 3, 2, 1, True, 0.7, rpb, backend=backend),
+    ):
+        results.append((output, *torch.autograd.grad(output.sin().sum(), (qkv, rpb))))
+    torch.testing.assert_close(*results)
 
 
 def test_int_options_hold_for_all_axes() -> None:

@@ -16,6 +16,7 @@ import torch
 from attention_problems import Problem, attend_with_gradients
 from torch.utils.flop_counter import FlopCounterMode
 
+from fused_na import neighborhood_attention, packed_neighborhood_attention
 from fused_na.reference import axis_tables
 from fused_na.window import Axis
 
@@ -44,6 +45,15 @@ def test_flop_counter_counts_useful_work(problem: Problem) -> None:
     pairs = problem.batch * problem.heads * (pairs + prod(problem.spatial) * (problem.additional or 0))
     d, d_v = problem.head_dim, problem.head_dim_v
     assert counter.get_total_flops() == 2 * pairs * (d + d_v) + 2 * pairs * (3 * d + 2 * d_v)
+
+
+def test_flop_counter_counts_packed_tensors_alike() -> None:
+    qkv, totals = torch.empty(2, 9, 10, 3, 4, 8, device="meta", requires_grad=True), []
+    for attend in (packed_neighborhood_attention, lambda qkv, k: neighborhood_attention(*qkv.unbind(-3), k)):
+        with FlopCounterMode(display=False) as counter:
+            attend(qkv, (3, 4)).sum().backward()
+        totals.append(counter.get_total_flops())
+    assert totals[0] == totals[1] > 0
 
 
 @pytest.mark.slow

@@ -59,7 +59,7 @@ def clips(*shape: int) -> Tensor:
 
 @pytest.mark.parametrize(("name", "position"), [*((name, "rpb") for name in TARGETS), ("nat3d_tiny", "rope")])
 def test_size(name: str, position: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("nat_models.layers.neighborhood_attention", lambda query, *arguments: query)
+    monkeypatch.setattr("nat_models.layers.packed_neighborhood_attention", lambda qkv, *arguments: qkv[..., 0, :, :])
     num_frames, parameters, gflops = TARGETS[name]
     with torch.device("meta"):
         model = timm.create_model(name, num_classes=400, position=position).eval()

@@ -147,17 +147,54 @@ def neighborhood_attention(
     axes = _check_arguments(
         query, key, value, kernel_size, stride, dilation, is_causal, rpb, additional_keys, additional_values
     )
-    if scale is None:
-        scale = query.shape[-1] ** -0.5
-    elif not isinstance(scale, (int, float)) or not abs(scale) < float("inf"):
-        raise ValueError(f"scale must be a finite number or None, got {scale!r}")
+    scale = _checked_scale(scale, query)
     attend = _backend(backend, query, value)
     with without_autocast(query.device):
-        output, lse = attend(query, key, value, axes, float(scale), rpb, additional_keys, additional_values, return_lse)
+        output, lse = attend(query, key, value, axes, scale, rpb, additional_keys, additional_values, return_lse)
     if not return_lse:
         return output
     assert lse is not None
     return output, lse
+
+
+def packed_neighborhood_attention(
+    qkv: Tensor,
+    kernel_size: int | Sequence[int],
+    stride: int | Sequence[int] = 1,
+    dilation: int | Sequence[int] = 1,
+    is_causal: bool | Sequence[bool] = False,
+    scale: float | None = None,
+    rpb: Tensor | None = None,
+    backend: str | None = None,
+) -> Tensor:
+    """`neighborhood_attention` of query, key and value in one tensor, as a layer's projection has them.
+
+    The same as `neighborhood_attention(*qkv.unbind(-3), ...)`, but that the backward pass writes the gradient of `qkv`
+    where PyTorch would put together three, which takes about as long as to read and write `qkv` once.
+
+    Args:
+        qkv: `[B, *spatial, 3, heads, head_dim]`: query, key and value of each token.
+        kernel_size, stride, dilation, is_causal, scale, rpb, backend: as for `neighborhood_attention`.
+
+    Returns:
+        `[B, *spatial, heads, head_dim]` in the dtype of `qkv`.
+
+    Raises:
+        ValueError: an illegal argument; the message names it, the value given and what is allowed.
+    """
+    if not 5 <= qkv.dim() <= 7 or qkv.shape[-3] != 3:
+        raise ValueError(
+            f"qkv must be [B, *spatial, 3, heads, head_dim] with 1 to 3 spatial axes, got shape {list(qkv.shape)}"
+        )
+    (qkv,) = _autocast(qkv)
+    query, key, value = qkv.unbind(-3)
+    axes = _check_arguments(query, key, value, kernel_size, stride, dilation, is_causal, rpb, None, None)
+    scale = _checked_scale(scale, query)
+    attend = _backend(backend, query, value)
+    with without_autocast(qkv.device):
+        if attend is ops.attend:
+            return ops.attend_packed(qkv, axes, scale, rpb)
+        return attend(query, key, value, axes, scale, rpb, None, None, False)[0]
 
 
 def merge_attentions(outputs: Sequence[Tensor], lses: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
@@ -246,6 +283,14 @@ def _autocast(*tensors: Tensor | None) -> list:
         return list(tensors)
     dtype = torch.get_autocast_dtype(device.type)
     return [t if t is None or t.dtype == torch.float64 else t.to(dtype) for t in tensors]
+
+
+def _checked_scale(scale: float | None, query: Tensor) -> float:
+    if scale is None:
+        return query.shape[-1] ** -0.5
+    if not isinstance(scale, (int, float)) or not abs(scale) < float("inf"):
+        raise ValueError(f"scale must be a finite number or None, got {scale!r}")
+    return float(scale)
 
 
 def _describe(x: Tensor) -> str:

@@ -3,6 +3,8 @@
 As operators they are opaque to torch.compile, export and the flop counter, which see one node with known shapes. They
 are defined through `torch.library.Library`: `torch.library.custom_op` would add its own checks to every call, which
 take longer on the host than the launches.
+
+Without key and value, query holds all three, `[B, *spatial, 3, heads, head_dim]`, and its gradient theirs.
 """
 
 from collections.abc import Sequence
@@ -16,7 +18,7 @@ from torch.utils.flop_counter import register_flop_formula
 
 from fused_na.window import Axis, group_members, window
 
-_INPUTS = "Tensor query, Tensor key, Tensor value, Tensor? rpb, Tensor? additional_keys, Tensor? additional_values"
+_INPUTS = "Tensor query, Tensor? key, Tensor? value, Tensor? rpb, Tensor? additional_keys, Tensor? additional_values"
 _RULE = "int[] kernel_size, int[] stride, int[] dilation, bool[] is_causal, float scale"
 
 _library = torch.library.Library("fused_na", "DEF")
@@ -36,6 +38,13 @@ def _axes(
     return tuple(map(Axis, query.shape[1:-2], kernel_size, stride, dilation, is_causal))
 
 
+def _unpacked(query: Tensor, key: Tensor | None, value: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
+    """Query, key and value, whether they are packed or not."""
+    if key is None or value is None:
+        query, key, value = query.unbind(-3)
+    return query, key, value
+
+
 def _on_device(x: Tensor) -> AbstractContextManager:
     """Launches go to the current device, which need not be the tensors'."""
     return torch.cuda.device(x.device) if x.is_cuda else nullcontext()
@@ -45,8 +54,8 @@ def _on_device(x: Tensor) -> AbstractContextManager:
 @torch.library.impl(_library, "forward", "CPU")  # for Triton's interpreter
 def _(
     query: Tensor,
-    key: Tensor,
-    value: Tensor,
+    key: Tensor | None,
+    value: Tensor | None,
     rpb: Tensor | None,
     additional_keys: Tensor | None,
     additional_values: Tensor | None,
@@ -59,6 +68,7 @@ def _(
     """Output `[B, *spatial, heads, head_dim_v]` and float32 log-sum-exp `[B, *spatial, heads]`."""
     from fused_na.triton import attention
 
+    query, key, value = _unpacked(query, key, value)
     axes = _axes(query, kernel_size, stride, dilation, is_causal)
     with _on_device(query):
         return attention.forward(query, key, value, axes, scale, rpb, additional_keys, additional_values)
@@ -66,6 +76,7 @@ def _(
 
 @torch.library.register_fake(forward, lib=_library)
 def _(query, key, value, rpb, additional_keys, additional_values, kernel_size, stride, dilation, is_causal, scale):
+    query, _, value = _unpacked(query, key, value)
     output = query.new_empty((*query.shape[:-1], value.shape[-1]))
     batch, *spatial, heads, _ = query.shape
     return output, query.new_empty((batch, heads, *spatial), dtype=torch.float32).movedim(1, -1)
@@ -77,8 +88,8 @@ def _(
     grad_output: Tensor,
     grad_lse: Tensor | None,
     query: Tensor,
-    key: Tensor,
-    value: Tensor,
+    key: Tensor | None,
+    value: Tensor | None,
     rpb: Tensor | None,
     additional_keys: Tensor | None,
     additional_values: Tensor | None,
@@ -91,15 +102,17 @@ def _(
     scale: float,
     needs_rpb: bool,
 ) -> tuple[Tensor, ...]:
-    """Gradients of query, key, value, rpb and additional keys and values; of the last three, those that are
-    not wanted are empty."""
+    """Gradients of query, key, value, rpb and additional keys and values; those of what is not there, or of a bias that
+    needs none, are empty."""
     from fused_na.triton import attention
 
+    is_packed = key is None
+    query, key, value = _unpacked(query, key, value)
     axes = _axes(query, kernel_size, stride, dilation, is_causal)
     with _on_device(query):
         gradients = attention.backward(
             grad_output, grad_lse, query, key, value, axes, scale, rpb, additional_keys, additional_values, output,
-            lse, needs_rpb,
+            lse, needs_rpb, is_packed,
         )  # fmt: skip
     return tuple(query.new_empty(0) if gradient is None else gradient for gradient in gradients)
 
@@ -150,15 +163,22 @@ def _(*inputs: Any) -> tuple[Tensor, Tensor]:
     return _without_autograd(*inputs)
 
 
-def _score_count(query_shape: Sequence[int], additional: Sequence[int] | None, *rule: Sequence) -> int:
-    """Query-key pairs that the result depends on, over batch and heads."""
-    batch, *spatial, heads, _ = query_shape
+def _counts(
+    query: Sequence[int], value: Sequence[int] | None, additional: Sequence[int] | None, *rule: Sequence
+) -> tuple[int, int, int]:
+    """Query-key pairs that the result depends on, over batch and heads, and head_dim of keys and values, all from
+    shapes."""
+    batch, *spatial, heads, head_dim = query
+    if value is None:
+        *spatial, _ = spatial
+        value = query
     pairs, tokens = 1, 1
     for axis in map(Axis, spatial, *rule):
         windows = (window(axis, x // axis.dilation, group_members(axis, x % axis.dilation)) for x in range(axis.length))
         pairs *= sum(end - start for start, end in windows)
         tokens *= axis.length
-    return batch * heads * (pairs + tokens * (0 if additional is None else additional[1]))
+    pairs += tokens * (0 if additional is None else additional[1])
+    return batch * heads * pairs, head_dim, value[-1]
 
 
 @register_flop_formula(torch.ops.fused_na.forward)
@@ -167,8 +187,8 @@ def _(
     out_shape=None, **_,
 ) -> int:  # fmt: skip
     """Two products over the pairs of the neighborhood, however many a kernel executes."""
-    scores = _score_count(query, additional_keys, kernel_size, stride, dilation, is_causal)
-    return 2 * scores * (query[-1] + value[-1])
+    scores, width, width_v = _counts(query, value, additional_keys, kernel_size, stride, dilation, is_causal)
+    return 2 * scores * (width + width_v)
 
 
 @register_flop_formula(torch.ops.fused_na.backward)
@@ -177,8 +197,8 @@ def _(
     kernel_size, stride, dilation, is_causal, scale, needs_rpb, out_shape=None, **_,
 ) -> int:  # fmt: skip
     """Five products: the scores again and the gradients of query, key, value and probabilities."""
-    scores = _score_count(query, additional_keys, kernel_size, stride, dilation, is_causal)
-    return 2 * scores * (3 * query[-1] + 2 * value[-1])
+    scores, width, width_v = _counts(query, value, additional_keys, kernel_size, stride, dilation, is_causal)
+    return 2 * scores * (3 * width + 2 * width_v)
 
 
 def attend(
@@ -196,7 +216,18 @@ def attend(
     meaning."""
     if scale <= 0:  # the kernels scale after taking the maximum
         query, scale = query * scale, 1.0
-    _, kernel_size, stride, dilation, is_causal = map(list, zip(*axes, strict=True))
-    return forward(
-        query, key, value, rpb, additional_keys, additional_values, kernel_size, stride, dilation, is_causal, scale
-    )
+    return forward(query, key, value, rpb, additional_keys, additional_values, *_rule(axes), scale)
+
+
+def attend_packed(qkv: Tensor, axes: tuple[Axis, ...], scale: float, rpb: Tensor | None) -> Tensor:
+    """The output of `attend` on query, key and value in one tensor `[B, *spatial, 3, heads, head_dim]`."""
+    if scale <= 0:
+        query, key, value = qkv.unbind(-3)
+        return attend(query, key, value, axes, scale, rpb, None, None, return_lse=False)[0]
+    return forward(qkv, None, None, rpb, None, None, *_rule(axes), scale)[0]
+
+
+def _rule(axes: tuple[Axis, ...]) -> list[list]:
+    """Kernel size, stride, dilation and causality, each over all axes."""
+    _, *rule = map(list, zip(*axes, strict=True))
+    return rule

@@ -96,21 +96,30 @@ def backward(
     output: Tensor,
     lse: Tensor,
     needs_rpb: bool,
-) -> tuple[Tensor, Tensor, Tensor, Tensor | None, Tensor | None, Tensor | None]:
-    """Gradients of query, key, value, rpb (where needed), and additional keys and values (where given), all
-    contiguous."""
+    is_packed: bool,
+) -> tuple[Tensor | None, ...]:
+    """Gradients of query, key, value, rpb (where needed), and additional keys and values (where given), all contiguous.
+
+    Where `is_packed`, the first is `[B, *spatial, 3, heads, head_dim]`, those of query, key and value, which are of one
+    shape then; the second and the third are None.
+    """
     query, key, value, grad_output = map(_rows_contiguous, (query, key, value, grad_output))
     if additional_keys is not None and additional_values is not None:
         additional_keys, additional_values = map(_rows_contiguous, (additional_keys, additional_values))
     lse = lse.movedim(-1, 1).contiguous()
     grad_lse = None if grad_lse is None else grad_lse.movedim(-1, 1).contiguous()
-    grad_query, grad_key, grad_value = (
-        torch.empty(x.shape, dtype=x.dtype, device=x.device) for x in (query, key, value)
-    )
-    grad_rpb = torch.empty(rpb.shape, dtype=rpb.dtype, device=rpb.device) if rpb is not None and needs_rpb else None
+    gradients: list[Tensor | None]
+    if is_packed:
+        packed = query.new_empty((*query.shape[:-2], 3, *query.shape[-2:]))
+        grad_query, grad_key, grad_value = packed.unbind(-3)
+        gradients = [packed, None, None]
+    else:
+        grad_query, grad_key, grad_value = (x.new_empty(x.shape) for x in (query, key, value))
+        gradients = [grad_query, grad_key, grad_value]
+    grad_rpb = rpb.new_empty(rpb.shape) if rpb is not None and needs_rpb else None
     if output.numel() == 0:
         optional = [None if x is None else torch.zeros_like(x) for x in (grad_rpb, additional_keys, additional_values)]
-        return grad_query, grad_key, grad_value, optional[0], optional[1], optional[2]
+        return *gradients, *optional
 
     tensors: Tensors = {
         "query": query,
@@ -125,7 +134,7 @@ def backward(
         "lse": lse,
         "grad_rpb": grad_rpb,
     }
-    problem = problem_of(axes, scale, tensors)
+    problem = problem_of(axes, scale, tensors, pack=3 if is_packed else 1)
     tensors |= {
         "delta": torch.empty_like(lse),
         "grad_query": grad_query,
@@ -148,4 +157,4 @@ def backward(
                 partial[name].sum(0).to(query.dtype)  # type: ignore[union-attr]
                 for name in ("partial_keys", "partial_values")
             )
-    return grad_query, grad_key, grad_value, grad_rpb, grad_keys, grad_values
+    return *gradients, grad_rpb, grad_keys, grad_values

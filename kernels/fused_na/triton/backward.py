@@ -78,6 +78,7 @@ def query_kernel(
     HEAD_DIM_V: tl.constexpr,
     BLOCK_D: tl.constexpr,
     BLOCK_DV: tl.constexpr,
+    PACK: tl.constexpr,  # 3 where the gradients of query, key and value lie side by side for each token, else 1
     DILATED: tl.constexpr,
     WIDE: tl.constexpr,
     ONE_TILE: tl.constexpr,
@@ -106,7 +107,6 @@ def query_kernel(
     token = dilated(group, member, dilations)
     tokens = length_w.to(tl.int64) * length_h * length_t
     row = offset(token, (length_h * length_w, length_w, 1), WIDE)
-    output_base = batch * tokens * heads + head
     if OWN_TMA:
         q = load_tile(query, origin, begin, head, QUERIES, HEAD_DIM)
         grad_o = load_tile(grad_output, origin, begin, head, QUERIES, HEAD_DIM_V)
@@ -116,7 +116,8 @@ def query_kernel(
         q = load_rows(query_base, offset(token, query_strides[1:4], WIDE), is_query, HEAD_DIM, BLOCK_D)
         grad_base = grad_output + batch * grad_output_strides[0] + head * grad_output_strides[4]
         grad_o = load_rows(grad_base, offset(token, grad_output_strides[1:4], WIDE), is_query, HEAD_DIM_V, BLOCK_DV)
-        o = load_rows(output + output_base * HEAD_DIM_V, row * heads * HEAD_DIM_V, is_query, HEAD_DIM_V, BLOCK_DV)
+        output_base = output + (batch * tokens * heads + head) * HEAD_DIM_V
+        o = load_rows(output_base, row * heads * HEAD_DIM_V, is_query, HEAD_DIM_V, BLOCK_DV)
     row_delta = tl.sum(o.to(tl.float32) * grad_o.to(tl.float32), 1)
     row_base = (batch * heads + head) * tokens
     if grad_lse is not None:
@@ -183,8 +184,8 @@ def query_kernel(
     if OWN_TMA:
         store_tile(grad_query, origin, begin, head, grad_q * scale, QUERY_TILE, HEAD_DIM)
     else:
-        base = grad_query + output_base * HEAD_DIM
-        store_rows(base, row * heads * HEAD_DIM, is_query, grad_q * scale, HEAD_DIM, BLOCK_D)
+        base = grad_query + (batch * tokens * heads * PACK + head) * HEAD_DIM
+        store_rows(base, row * heads * (PACK * HEAD_DIM), is_query, grad_q * scale, HEAD_DIM, BLOCK_D)
 
 
 @triton.jit(do_not_specialize=["length_w", "heads"], do_not_specialize_on_alignment=["length_t", "length_h"])
@@ -219,6 +220,7 @@ def key_value_kernel(
     HEAD_DIM_V: tl.constexpr,
     BLOCK_D: tl.constexpr,
     BLOCK_DV: tl.constexpr,
+    PACK: tl.constexpr,  # as in `query_kernel`
     DILATED: tl.constexpr,
     WIDE: tl.constexpr,
     INTERIOR: tl.constexpr,
@@ -313,8 +315,8 @@ def key_value_kernel(
         store_tile(grad_key, origin, begin, head_kv, grad_k * scale, KEY_TILE, HEAD_DIM)
         store_tile(grad_value, origin, begin, head_kv, grad_v, KEY_TILE, HEAD_DIM_V)
     else:
-        row = offset(token, row_strides, WIDE) * heads_kv
-        row_base = batch * tokens * heads_kv + head_kv
+        row = offset(token, row_strides, WIDE) * heads_kv * PACK
+        row_base = batch * tokens * heads_kv * PACK + head_kv
         store_rows(grad_key + row_base * HEAD_DIM, row * HEAD_DIM, is_key, grad_k * scale, HEAD_DIM, BLOCK_D)
         store_rows(grad_value + row_base * HEAD_DIM_V, row * HEAD_DIM_V, is_key, grad_v, HEAD_DIM_V, BLOCK_DV)
 

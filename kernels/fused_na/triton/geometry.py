@@ -67,7 +67,8 @@ class Geometry:
             sum((n - 1) * stride for n, stride in zip(layout.shape[1:], layout.strides[1:], strict=True))
             for layout in layouts.values()
         ]
-        written = prod(axis.length for axis in problem.axes) * self.heads * max(self.head_dim, self.head_dim_v)
+        width = self.heads * max(self.head_dim, self.head_dim_v) * problem.pack
+        written = prod(axis.length for axis in problem.axes) * width
         self.arguments: dict[str, Any] = {
             "scale": problem.scale,
             "length_t": t.length,
@@ -84,6 +85,7 @@ class Geometry:
             "HEAD_DIM_V": self.head_dim_v,
             "BLOCK_D": block_width(self.head_dim),
             "BLOCK_DV": block_width(self.head_dim_v),
+            "PACK": problem.pack,
             "DILATED": self.groups > 1,
             "WIDE": max(*reach, written) >= 2**31,
             "PRECISION": "tf32" if query.dtype == torch.float32 and problem.allow_tf32 else "ieee",
@@ -148,14 +150,14 @@ class Geometry:
         return Launch(kernel, arguments.pop("programs"), arguments, bulk)
 
     def layout(self, name: str) -> Layout:
-        """How a tensor lies in memory: as it was given, or contiguous if a kernel writes it."""
+        """How a tensor lies in memory: as it was given, or if a kernel writes it as `contiguous` says."""
         given = getattr(self.problem, name, None)
         if given is not None:
             return given
         if name == "output":
             return self.output
         of = getattr(self.problem, name.removeprefix("grad_"))
-        return contiguous(of.shape, of.dtype)
+        return contiguous(of.shape, of.dtype, self.problem.pack)
 
     def can_copy_in_bulk(self, layout: Layout) -> bool:
         """Whether tiles of a tensor can be loaded by Hopper's bulk copy engine."""

@@ -33,20 +33,26 @@ def layout_of(x: Tensor | None) -> Layout | None:
     return None if x is None else Layout(x.shape, x.stride(), x.dtype, x.data_ptr() % 16 == 0)
 
 
-def contiguous(shape: tuple[int, ...], dtype: torch.dtype) -> Layout:
-    """How a new tensor lies in memory."""
-    strides = tuple(prod(shape[axis + 1 :]) for axis in range(len(shape)))
-    return Layout(shape, strides, dtype, is_aligned=True)
+def contiguous(shape: tuple[int, ...], dtype: torch.dtype, pack: int = 1) -> Layout:
+    """How a new tensor `[..., heads, head_dim]` lies in memory, or one of `pack` that share it token by token."""
+    *outer, heads, width = shape
+    strides = (pack * heads * width * prod(outer[axis + 1 :]) for axis in range(len(outer)))
+    return Layout(shape, (*strides, width, 1), dtype, is_aligned=True)
 
 
 class Problem(NamedTuple):
-    """What the launches of a forward or backward pass depend on."""
+    """What the launches of a forward or backward pass depend on.
+
+    `pack` is 3 where the gradients of query, key and value lie side by side for each token, and 1 where each is a
+    contiguous tensor.
+    """
 
     device: torch.device
     axes: tuple[Axis, ...]
     scale: float
     allow_tf32: bool
     is_autotuned: bool
+    pack: int
     query: Layout
     key: Layout
     value: Layout
@@ -60,10 +66,10 @@ class Problem(NamedTuple):
     grad_rpb: Layout | None = None
 
 
-def problem_of(axes: tuple[Axis, ...], scale: float, tensors: Tensors) -> Problem:
+def problem_of(axes: tuple[Axis, ...], scale: float, tensors: Tensors, pack: int = 1) -> Problem:
     """The problem of tensors that are named as its layouts are."""
     query = tensors["query"]
     assert query is not None
     allow_tf32 = torch.backends.cuda.matmul.allow_tf32
     layouts: dict[str, Any] = {name: layout_of(x) for name, x in tensors.items()}
-    return Problem(query.device, axes, scale, allow_tf32, autotune.is_enabled(), **layouts)
+    return Problem(query.device, axes, scale, allow_tf32, autotune.is_enabled(), pack, **layouts)

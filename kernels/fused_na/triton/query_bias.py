@@ -196,6 +196,7 @@ def query_bias_kernel(
     CAUSAL: gl.constexpr,
     QUERY_TILE: gl.constexpr,
     KEY_TILE: gl.constexpr,
+    PACK: gl.constexpr,  # as in `query_kernel`
     DILATED: gl.constexpr,
     COUNTS: gl.constexpr,  # most tiles of keys of a tile of queries, along each axis
     STAGES: gl.constexpr,
@@ -360,7 +361,8 @@ def query_bias_kernel(
                 stage = gl.where(stage == STAGES - 1, 0, stage + 1)
                 done += 1
 
-            grad_rows = grad_query + (batch * tokens * heads + head) * HEAD_DIM + (row * heads * HEAD_DIM)[:, None]
+            grad_base = grad_query + (batch * tokens * heads * PACK + head) * HEAD_DIM
+            grad_rows = grad_base + (row * heads * (PACK * HEAD_DIM))[:, None]
             result = (grad_q * scale).to(grad_query.dtype.element_ty)
             gl.store(grad_rows + column[None, :], result, mask=is_query[:, None])
 

@@ -197,6 +197,7 @@ def query_bias_clips_kernel(
     CAUSAL: gl.constexpr,
     QUERY_TILE: gl.constexpr,
     KEY_TILE: gl.constexpr,
+    PACK: gl.constexpr,  # as in `query_kernel`
     COUNTS: gl.constexpr,  # most tiles of keys of a tile of queries, along each axis
     STAGES: gl.constexpr,
 ):
@@ -381,8 +382,8 @@ def query_bias_clips_kernel(
             add_staged(staged, accumulators, pair + 2, add_layout)
             first_pair = (tile_h * COUNTS[2] + tile_w) * PAIRS
 
-        base = batch * tokens * heads + head
-        grad_rows = grad_query + (base[:, None] + (row * heads)[None, :]) * HEAD_DIM
+        base = batch * tokens * heads * PACK + head
+        grad_rows = grad_query + (base[:, None] + (row * heads * PACK)[None, :]) * HEAD_DIM
         result = (grad_q * scale).to(grad_query.dtype.element_ty)
         gl.store(grad_rows[:, :, None] + column[None, :][:, None, :], result, mask=is_row[:, :, None])
 
