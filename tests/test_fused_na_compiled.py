@@ -107,6 +107,7 @@ def test_forward(
     assert ("wgmma.mma_async" in kernel.asm["ptx"]) == (head_dim > 32)
 
 
+@pytest.mark.parametrize("is_packed", [False, True], ids=["", "packed"])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 @pytest.mark.parametrize(
     "axes",
@@ -118,12 +119,14 @@ def test_forward(
     ],
     ids=["strided", "map", "causal clip", "sequence"],
 )
-def test_wide_backward(compiled: list[CompiledKernel], axes: tuple[Axis, ...], dtype: torch.dtype) -> None:
+def test_wide_backward(
+    compiled: list[CompiledKernel], axes: tuple[Axis, ...], dtype: torch.dtype, is_packed: bool
+) -> None:
     """Large windows get the wide kernels, which spill next to nothing and whose products ptxas keeps in flight."""
     query, key, value = torch.empty(1, *(axis.length for axis in axes), 3, 2, 128, dtype=dtype).unbind(-3)
     output, lse = torch.empty(query.shape, dtype=dtype), torch.empty(query.shape[:-1])
     plan.plan_of.cache_clear()
-    attention.backward(output, lse, query, key, value, axes, 0.1, None, None, None, output, lse, False)
+    attention.backward(output, lse, query, key, value, axes, 0.1, None, None, None, output, lse, False, is_packed)
     # Waits that leave two products in flight, one or two a loop over steps, two loops for each warpgroup: ptxas makes
     # others of them where it lets products wait for each other.
     for kernel, waits in zip(compiled, (4, 8), strict=True):
@@ -158,6 +161,7 @@ def run_backward(
     needs_rpb: bool = True,
     layout: str = "packed",
     batch: int = 3,
+    is_packed: bool = False,
 ) -> None:
     """A backward pass of two heads with a bias, of whose kernels none runs."""
     packed = torch.empty(batch, *(axis.length for axis in axes), 3, 2, head_dim, dtype=dtype)
@@ -168,15 +172,20 @@ def run_backward(
     rpb = torch.zeros(2, *(2 * axis.kernel_size - 1 for axis in axes))
     more = None if additional is None else torch.empty(batch, additional, 2, head_dim, dtype=dtype)
     grad_lse = lse if has_grad_lse else None
-    attention.backward(output, grad_lse, query, key, value, axes, 1.0, rpb, more, more, output, lse, needs_rpb)
+    attention.backward(
+        output, grad_lse, query, key, value, axes, 1.0, rpb, more, more, output, lse, needs_rpb, is_packed
+    )
 
 
+@pytest.mark.parametrize("is_packed", [False, True], ids=["", "packed"])
 @pytest.mark.parametrize("has_grad_lse", [False, True], ids=["", "lse"])
 @pytest.mark.parametrize("axes", [MAP, CLIP, DILATED], ids=["map", "clip", "dilated map"])
-def test_query_and_bias(compiled: list[CompiledKernel], axes: tuple[Axis, ...], has_grad_lse: bool) -> None:
+def test_query_and_bias(
+    compiled: list[CompiledKernel], axes: tuple[Axis, ...], has_grad_lse: bool, is_packed: bool
+) -> None:
     """One kernel without spills, of which a multiprocessor runs several at once, and the sums of what it leaves."""
     plan.plan_of.cache_clear()
-    run_backward(axes, has_grad_lse=has_grad_lse, batch=2)
+    run_backward(axes, has_grad_lse=has_grad_lse, batch=2, is_packed=is_packed)
     kernels = {kernel.metadata.name: kernel for kernel in compiled}
     assert list(kernels) == ["bias_copy_kernel", "query_bias_kernel", "sum_kernel", "fold_kernel", "key_value_kernel"]
     usage = {name: dump(kernel, "-res-usage") for name, kernel in kernels.items() if name != "key_value_kernel"}
@@ -184,12 +193,16 @@ def test_query_and_bias(compiled: list[CompiledKernel], axes: tuple[Axis, ...], 
     assert kernels["query_bias_kernel"].metadata.shared <= (56 << 10)
 
 
+@pytest.mark.parametrize("is_packed", [False, True], ids=["", "packed"])
 @pytest.mark.parametrize("has_grad_lse", [False, True], ids=["", "lse"])
 @pytest.mark.parametrize("is_causal", [False, True], ids=["", "causal"])
-def test_query_and_bias_of_clips(compiled: list[CompiledKernel], is_causal: bool, has_grad_lse: bool) -> None:
+def test_query_and_bias_of_clips(
+    compiled: list[CompiledKernel], is_causal: bool, has_grad_lse: bool, is_packed: bool
+) -> None:
     """One kernel whose steps spill nothing, of which a multiprocessor runs two at once, and the sum of its rows."""
     plan.plan_of.cache_clear()
-    run_backward((CLIP[0]._replace(is_causal=is_causal), *CLIP[1:]), has_grad_lse=has_grad_lse)
+    axes = CLIP[0]._replace(is_causal=is_causal), *CLIP[1:]
+    run_backward(axes, has_grad_lse=has_grad_lse, is_packed=is_packed)
     kernels = {kernel.metadata.name: kernel for kernel in compiled}
     assert list(kernels) == ["bias_copy_kernel", "query_bias_clips_kernel", "fold_rows_kernel", "key_value_kernel"]
     kernel = kernels["query_bias_clips_kernel"]

@@ -23,7 +23,7 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.checkpoint import checkpoint
 
-from fused_na import blocked, na1d, na2d, na3d, neighborhood_attention, ops
+from fused_na import blocked, na1d, na2d, na3d, neighborhood_attention, ops, packed_neighborhood_attention
 from fused_na.triton import plan, prepare
 from fused_na.triton.attention import unscaled
 from fused_na.triton.geometry import Geometry
@@ -385,6 +385,27 @@ def test_query_and_bias_in_one_kernel(
     if name in CLIPS:
         kernel, other = other, kernel
     assert launched.count(kernel) == 6 and not {other, "query_kernel", "bias_kernel"} & set(launched)
+
+
+PACKED = list((WORKLOADS | WIDE | FUSED | CLIPS | DILATED).values())
+
+
+@pytest.mark.parametrize("index", range(len(PACKED)))
+def test_packed(index: int) -> None:
+    """The gradient of query, key and value in one tensor is theirs as single tensors, bit by bit."""
+    problem = PACKED[index]
+    shape = (problem.batch, *problem.spatial, 3, problem.heads, problem.head_dim)
+    qkv = torch.randn(shape, device=DEVICE, dtype=torch.bfloat16, requires_grad=True)
+    wanted = [qkv]
+    options = problem.options
+    if problem.has_rpb:
+        wanted.append(torch.randn(problem.heads, *(2 * k - 1 for k in problem.kernel_size), device=DEVICE))
+        options |= {"rpb": wanted[1].requires_grad_()}
+    with nan_in_new_tensors():
+        outputs = [neighborhood_attention(*qkv.unbind(-3), **options), packed_neighborhood_attention(qkv, **options)]
+        expected, actual = (torch.autograd.grad(x.float().sin().sum(), wanted) for x in outputs)
+    assert torch.equal(*outputs) and all(map(torch.equal, actual, expected))
+    assert all(x.isfinite().all() for x in actual)
 
 
 @pytest.mark.parametrize("name", ["map", "ragged clips"])
