@@ -31,6 +31,9 @@ ILLEGAL = [
     ({"query": torch.zeros(())}, ["query", "1 to 3 spatial axes", "[]"]),
     ({"query": torch.zeros(2, 2, 3, 3, 3, 4, 16)}, ["query", "1 to 3 spatial axes", "[2, 2, 3, 3, 3, 4, 16]"]),
     ({"query": torch.zeros(2, 6, 8, 4, 16, dtype=torch.int64)}, ["query", "float32", "int64"]),
+    ({"query": None}, ["query", "tensor", "NoneType"]),
+    ({"key": [0.0]}, ["key", "tensor", "list"]),
+    ({"value": torch.zeros(2, 6, 8, 2, 8).numpy()}, ["value", "tensor", "ndarray"]),
     ({"query": torch.zeros(2, 6, 8, 0, 16)}, ["query", "at least one head", "[2, 6, 8, 0, 16]"]),
     (
         {"query": torch.zeros(2, 6, 8, 4, 0), "key": torch.zeros(2, 6, 8, 2, 0)},
@@ -80,11 +83,13 @@ ILLEGAL = [
     ({"is_causal": (True, False, False)}, ["is_causal", "per spatial axis", "(True, False, False)"]),
     ({"scale": "1"}, ["scale", "number", "'1'"]),
     ({"scale": float("nan")}, ["scale", "finite", "nan"]),
+    ({"rpb": True}, ["rpb", "tensor or None", "bool"]),
     ({"rpb": torch.zeros(4, 5, 5)}, ["rpb", "[4, 5, 7]", "[4, 5, 5]"]),
     ({"rpb": torch.zeros(2, 5, 7)}, ["rpb", "[4, 5, 7]", "[2, 5, 7]"]),
     ({"rpb": torch.zeros(4, 5, 7).double()}, ["rpb", "float32", "float64"]),
     ({"rpb": torch.zeros(4, 5, 7, device="meta")}, ["rpb", "device", "meta", "cpu"]),
     ({"additional_keys": None}, ["additional_keys", "additional_values", "together"]),
+    ({"additional_values": 5}, ["additional_values", "tensor or None", "int"]),
     ({"additional_values": None}, ["additional_keys", "additional_values", "together"]),
     ({"additional_keys": torch.zeros(2, 5, 4, 16)}, ["additional_keys", "[2, M, 2, 16]", "[2, 5, 4, 16]"]),
     ({"additional_keys": torch.zeros(5, 2, 16)}, ["additional_keys", "[2, M, 2, 16]", "[5, 2, 16]"]),
@@ -113,6 +118,13 @@ def test_illegal_arguments(changes: dict, message: list[str], monkeypatch: pytes
         assert part in str(error.value)
 
 
+@pytest.mark.parametrize("dtype", [torch.int64, torch.uint8, torch.bool, torch.complex64], ids=str)
+def test_autocast_casts_floating_point_alone(dtype: torch.dtype) -> None:
+    x = torch.zeros(1, 5, 2, 4, dtype=dtype)
+    with torch.autocast("cpu", torch.bfloat16), pytest.raises(ValueError, match="query must be float16"):
+        na1d(x, x, x, kernel_size=3)
+
+
 def test_a_missing_triton_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(functional, "HAS_TRITON", False)
     with pytest.raises(ValueError, match="backend='triton'.*not installed"):
@@ -124,6 +136,8 @@ def test_a_missing_triton_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_each_function_takes_its_number_of_axes(attend, dimensions: int) -> None:
     x = torch.zeros([1] * dimensions)
     expected = {na1d: 4, na2d: 5, na3d: 6}[attend]
+    with pytest.raises(ValueError, match="query must be a tensor, got NoneType"):
+        attend(None, None, None, kernel_size=1)
     if dimensions == expected:
         assert attend(x, x, x, kernel_size=1).shape == x.shape
     else:

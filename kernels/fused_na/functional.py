@@ -141,6 +141,8 @@ def neighborhood_attention(
     Raises:
         ValueError: an illegal argument; the message names it, the value given and what is allowed.
     """
+    _check_tensors(query=query, key=key, value=value)
+    _check_tensors(True, rpb=rpb, additional_keys=additional_keys, additional_values=additional_values)
     query, key, value, additional_keys, additional_values = _autocast(
         query, key, value, additional_keys, additional_values
     )
@@ -245,14 +247,21 @@ def _autocast(*tensors: Tensor | None) -> list:
     if not is_autocast_enabled(device):
         return list(tensors)
     dtype = torch.get_autocast_dtype(device.type)
-    return [t if t is None or t.dtype == torch.float64 else t.to(dtype) for t in tensors]
+    return [t.to(dtype) if t is not None and t.dtype in _DTYPES and t.dtype != torch.float64 else t for t in tensors]
 
 
 def _describe(x: Tensor) -> str:
     return f"{str(x.dtype).removeprefix('torch.')} {list(x.shape)} on {x.device}"
 
 
+def _check_tensors(optional: bool = False, **tensors: object) -> None:
+    for name, x in tensors.items():
+        if not isinstance(x, Tensor) and not (optional and x is None):
+            raise ValueError(f"{name} must be a tensor{' or None' if optional else ''}, got {type(x).__name__}")
+
+
 def _check_rank(name: str, query: Tensor, rank: int) -> None:
+    _check_tensors(query=query)
     if query.dim() != rank + 3:
         layout = ("[B, L, heads, head_dim]", "[B, H, W, heads, head_dim]", "[B, T, H, W, heads, head_dim]")[rank - 1]
         raise ValueError(f"{name}: query must have {rank + 3} dimensions, {layout}; got shape {list(query.shape)}")
