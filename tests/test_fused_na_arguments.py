@@ -4,8 +4,9 @@ import re
 
 import pytest
 import torch
+from torch._subclasses import FakeTensorMode
 
-from fused_na import blocked, functional, na1d, na2d, na3d, neighborhood_attention, reference
+from fused_na import available_backends, blocked, functional, na1d, na2d, na3d, neighborhood_attention, reference
 
 
 def call(**changes) -> None:
@@ -129,6 +130,47 @@ def test_a_missing_triton_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(functional, "HAS_TRITON", False)
     with pytest.raises(ValueError, match="backend='triton'.*not installed"):
         call(backend="triton")
+
+
+@pytest.mark.parametrize(
+    ("head_dim", "head_dim_v", "dtype", "device", "reason"),
+    [
+        (8, 256, torch.float16, "meta", None),
+        (8, 8, torch.float32, "cpu", "NVIDIA GPU.*cpu"),
+        (8, 8, torch.float64, "meta", "float64"),
+        (12, 8, torch.bfloat16, "meta", "head_dim must be a multiple of 8 from 8 to 256, got 12"),
+        (8, 264, torch.bfloat16, "meta", "head_dim_v .*264"),
+    ],
+)
+def test_available_backends(
+    head_dim: int, head_dim_v: int, dtype: torch.dtype, device: str, reason: str | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What is said to run does, and what is said not to is refused for the same reason."""
+    pytest.importorskip("triton")
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
+    query = torch.zeros(1, 8, 2, head_dim, dtype=dtype, device=device)
+    value = torch.zeros(1, 8, 2, head_dim_v, dtype=dtype, device=device)
+    reasons = available_backends(query, query, value)
+    assert list(reasons) == ["triton", "blocked", "reference"]
+    for backend, why_not in reasons.items():
+        if why_not is None:
+            assert na1d(query, query, value, 3, backend=backend).shape == value.shape
+        else:
+            assert reason is not None and re.search(reason, why_not)
+            with pytest.raises(ValueError, match=f"backend='triton'.*{re.escape(why_not)}"):
+                na1d(query, query, value, 3, backend=backend)
+    assert (reasons["triton"] is None) == (reason is None)
+
+
+def test_gpus_that_are_not_nvidias_have_other_backends(monkeypatch: pytest.MonkeyPatch) -> None:
+    """PyTorch calls AMD's GPUs "cuda" as well, and the kernels hold NVIDIA's assembly."""
+    monkeypatch.setattr(torch.version, "hip", "7.0")
+    monkeypatch.setattr(functional, "HAS_TRITON", True)
+    with FakeTensorMode():
+        x = torch.empty(1, 8, 2, 16, device="cuda")
+        reasons = available_backends(x, x, x)
+        assert reasons["triton"] is not None and "NVIDIA" in reasons["triton"] and reasons["blocked"] is None
+        assert functional._backend(None, x, x) is blocked.attend
 
 
 @pytest.mark.parametrize("attend", [na1d, na2d, na3d])

@@ -217,6 +217,8 @@ def _why_not_triton(query: Tensor, value: Tensor) -> str | None:
     is_interpreted = os.environ.get("TRITON_INTERPRET") == "1"
     if query.device.type != "cuda" and not is_interpreted and query.device.type != "meta":
         return f"it needs an NVIDIA GPU, the tensors are on {query.device}"
+    if query.device.type == "cuda" and torch.version.hip is not None:
+        return "it needs an NVIDIA GPU, this PyTorch is for AMD's"
     if query.dtype not in (torch.float16, torch.bfloat16, torch.float32):
         return f"it computes in float16, bfloat16 and float32, not {str(query.dtype).removeprefix('torch.')}"
     for name, width in (("head_dim", query.shape[-1]), ("head_dim_v", value.shape[-1])):
