@@ -257,6 +257,18 @@ def test_packed_tensors(changes: dict) -> None:
     torch.testing.assert_close(*results)
 
 
+def test_additional_tokens_past_32_bit_offsets(tmp_path: Path) -> None:
+    """Three tokens more than 2^30 elements apart, in files with a hole in place of what lies between them."""
+    problem = replace(FEW, additional=3, has_rpb=False)
+    inputs = problem.inputs(torch.float16)
+    for name in ("additional_keys", "additional_values"):
+        step = (1 << 30) + 8
+        file = torch.from_file(str(tmp_path / name), shared=True, size=2 * step + 8, dtype=torch.float16)
+        inputs[name] = file.as_strided((1, 3, 1, 8), (0, step, 8, 1)).copy_(inputs[name])
+    expected = attend_with_gradients(problem, {name: x.double() for name, x in inputs.items()}, "reference")
+    assert_close(attend_with_gradients(problem, inputs, "triton"), expected, tolerance=3e-3)
+
+
 @pytest.mark.parametrize("axis", [1, 2])
 def test_expanded_gradients(axis: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """The gradient of a sum over an axis repeats itself along it, which bulk copies would not."""

@@ -4,8 +4,10 @@ import re
 
 import pytest
 import torch
+from torch._subclasses import FakeTensorMode
 
 from fused_na import (
+    available_backends,
     blocked,
     functional,
     na1d,
@@ -40,6 +42,9 @@ ILLEGAL = [
     ({"query": torch.zeros(())}, ["query", "1 to 3 spatial axes", "[]"]),
     ({"query": torch.zeros(2, 2, 3, 3, 3, 4, 16)}, ["query", "1 to 3 spatial axes", "[2, 2, 3, 3, 3, 4, 16]"]),
     ({"query": torch.zeros(2, 6, 8, 4, 16, dtype=torch.int64)}, ["query", "float32", "int64"]),
+    ({"query": None}, ["query", "tensor", "NoneType"]),
+    ({"key": [0.0]}, ["key", "tensor", "list"]),
+    ({"value": torch.zeros(2, 6, 8, 2, 8).numpy()}, ["value", "tensor", "ndarray"]),
     ({"query": torch.zeros(2, 6, 8, 0, 16)}, ["query", "at least one head", "[2, 6, 8, 0, 16]"]),
     (
         {"query": torch.zeros(2, 6, 8, 4, 0), "key": torch.zeros(2, 6, 8, 2, 0)},
@@ -89,11 +94,13 @@ ILLEGAL = [
     ({"is_causal": (True, False, False)}, ["is_causal", "per spatial axis", "(True, False, False)"]),
     ({"scale": "1"}, ["scale", "number", "'1'"]),
     ({"scale": float("nan")}, ["scale", "finite", "nan"]),
+    ({"rpb": True}, ["rpb", "tensor or None", "bool"]),
     ({"rpb": torch.zeros(4, 5, 5)}, ["rpb", "[4, 5, 7]", "[4, 5, 5]"]),
     ({"rpb": torch.zeros(2, 5, 7)}, ["rpb", "[4, 5, 7]", "[2, 5, 7]"]),
     ({"rpb": torch.zeros(4, 5, 7).double()}, ["rpb", "float32", "float64"]),
     ({"rpb": torch.zeros(4, 5, 7, device="meta")}, ["rpb", "device", "meta", "cpu"]),
     ({"additional_keys": None}, ["additional_keys", "additional_values", "together"]),
+    ({"additional_values": 5}, ["additional_values", "tensor or None", "int"]),
     ({"additional_values": None}, ["additional_keys", "additional_values", "together"]),
     ({"additional_keys": torch.zeros(2, 5, 4, 16)}, ["additional_keys", "[2, M, 2, 16]", "[2, 5, 4, 16]"]),
     ({"additional_keys": torch.zeros(5, 2, 16)}, ["additional_keys", "[2, M, 2, 16]", "[5, 2, 16]"]),
@@ -133,6 +140,8 @@ def test_tensors_that_do_not_hold_query_key_and_value(shape: tuple[int, ...]) ->
     [
         ({"kernel_size": 7}, "kernel_size .* 7"),
         ({"rpb": torch.zeros(2, 5, 3)}, r"rpb .*\[2, 5, 5\]"),
+        ({"qkv": [1.0]}, "qkv must be a tensor"),
+        ({"rpb": True}, "rpb must be a tensor or None"),
         ({"scale": "1"}, "scale .*'1'"),
         ({"backend": "triton"}, "backend='triton'.*cpu"),
     ],
@@ -150,11 +159,54 @@ def test_a_missing_triton_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
         call(backend="triton")
 
 
+@pytest.mark.parametrize(
+    ("head_dim", "head_dim_v", "dtype", "device", "reason"),
+    [
+        (8, 256, torch.float16, "meta", None),
+        (8, 8, torch.float32, "cpu", "NVIDIA GPU.*cpu"),
+        (8, 8, torch.float64, "meta", "float64"),
+        (12, 8, torch.bfloat16, "meta", "head_dim must be a multiple of 8 from 8 to 256, got 12"),
+        (8, 264, torch.bfloat16, "meta", "head_dim_v .*264"),
+    ],
+)
+def test_available_backends(
+    head_dim: int, head_dim_v: int, dtype: torch.dtype, device: str, reason: str | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What is said to run does, and what is said not to is refused for the same reason."""
+    pytest.importorskip("triton")
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
+    query = torch.zeros(1, 8, 2, head_dim, dtype=dtype, device=device)
+    value = torch.zeros(1, 8, 2, head_dim_v, dtype=dtype, device=device)
+    reasons = available_backends(query, query, value)
+    assert list(reasons) == ["triton", "blocked", "reference"]
+    for backend, why_not in reasons.items():
+        if why_not is None:
+            assert na1d(query, query, value, 3, backend=backend).shape == value.shape
+        else:
+            assert reason is not None and re.search(reason, why_not)
+            with pytest.raises(ValueError, match=f"backend='triton'.*{re.escape(why_not)}"):
+                na1d(query, query, value, 3, backend=backend)
+    assert (reasons["triton"] is None) == (reason is None)
+
+
+def test_gpus_that_are_not_nvidias_have_other_backends(monkeypatch: pytest.MonkeyPatch) -> None:
+    """PyTorch calls AMD's GPUs "cuda" as well, and the kernels hold NVIDIA's assembly."""
+    monkeypatch.setattr(torch.version, "hip", "7.0")
+    monkeypatch.setattr(functional, "HAS_TRITON", True)
+    with FakeTensorMode():
+        x = torch.empty(1, 8, 2, 16, device="cuda")
+        reasons = available_backends(x, x, x)
+        assert reasons["triton"] is not None and "NVIDIA" in reasons["triton"] and reasons["blocked"] is None
+        assert functional._backend(None, x, x) is blocked.attend
+
+
 @pytest.mark.parametrize("attend", [na1d, na2d, na3d])
 @pytest.mark.parametrize("dimensions", range(3, 8))
 def test_each_function_takes_its_number_of_axes(attend, dimensions: int) -> None:
     x = torch.zeros([1] * dimensions)
     expected = {na1d: 4, na2d: 5, na3d: 6}[attend]
+    with pytest.raises(ValueError, match="query must be a tensor, got NoneType"):
+        attend(None, None, None, kernel_size=1)
     if dimensions == expected:
         assert attend(x, x, x, kernel_size=1).shape == x.shape
     else:

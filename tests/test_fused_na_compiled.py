@@ -135,6 +135,30 @@ def test_wide_backward(
         assert len(re.findall(r"WARPGROUP.DEPBAR.LE gsb0, 0x2", dump(kernel, "-sass"))) == waits
 
 
+@pytest.mark.parametrize(
+    ("setting", "value", "allowed"),
+    [
+        ("allow_tf32", True, True),
+        ("allow_tf32", False, False),
+        ("fp32_precision", "tf32", True),
+        ("fp32_precision", "ieee", False),
+        ("fp32_precision", "none", False),
+    ],
+)
+def test_both_of_the_settings_for_tf32(setting: str, value: bool | str, allowed: bool) -> None:
+    """PyTorch's older one and its newer one."""
+    query = torch.empty(1, 8, 1, 16)
+    tensors: Tensors = dict.fromkeys(["query", "key", "value"], query)
+    tensors |= dict.fromkeys(["rpb", "additional_keys", "additional_values"])
+    settings = torch.backends.cuda.matmul
+    before = settings.fp32_precision
+    try:
+        setattr(settings, setting, value)
+        assert problem_of((Axis(8, 3),), 1.0, tensors).allow_tf32 == allowed
+    finally:
+        settings.fp32_precision = before
+
+
 def test_only_hopper_has_the_wide_kernels(monkeypatch: pytest.MonkeyPatch) -> None:
     axes = (Axis(64, 40), Axis(64, 40))
     query = torch.empty(1, 64, 64, 3, 2, 128, dtype=torch.bfloat16).unbind(-3)[0]

@@ -141,6 +141,8 @@ def neighborhood_attention(
     Raises:
         ValueError: an illegal argument; the message names it, the value given and what is allowed.
     """
+    _check_tensors(query=query, key=key, value=value)
+    _check_tensors(True, rpb=rpb, additional_keys=additional_keys, additional_values=additional_values)
     query, key, value, additional_keys, additional_values = _autocast(
         query, key, value, additional_keys, additional_values
     )
@@ -182,6 +184,8 @@ def packed_neighborhood_attention(
     Raises:
         ValueError: an illegal argument; the message names it, the value given and what is allowed.
     """
+    _check_tensors(qkv=qkv)
+    _check_tensors(True, rpb=rpb)
     if not 5 <= qkv.dim() <= 7 or qkv.shape[-3] != 3:
         raise ValueError(
             f"qkv must be [B, *spatial, 3, heads, head_dim] with 1 to 3 spatial axes, got shape {list(qkv.shape)}"
@@ -252,6 +256,8 @@ def _why_not_triton(query: Tensor, value: Tensor) -> str | None:
     is_interpreted = os.environ.get("TRITON_INTERPRET") == "1"
     if query.device.type != "cuda" and not is_interpreted and query.device.type != "meta":
         return f"it needs an NVIDIA GPU, the tensors are on {query.device}"
+    if query.device.type == "cuda" and torch.version.hip is not None:
+        return "it needs an NVIDIA GPU, this PyTorch is for AMD's"
     if query.dtype not in (torch.float16, torch.bfloat16, torch.float32):
         return f"it computes in float16, bfloat16 and float32, not {str(query.dtype).removeprefix('torch.')}"
     for name, width in (("head_dim", query.shape[-1]), ("head_dim_v", value.shape[-1])):
@@ -282,7 +288,7 @@ def _autocast(*tensors: Tensor | None) -> list:
     if not is_autocast_enabled(device):
         return list(tensors)
     dtype = torch.get_autocast_dtype(device.type)
-    return [t if t is None or t.dtype == torch.float64 else t.to(dtype) for t in tensors]
+    return [t.to(dtype) if t is not None and t.dtype in _DTYPES and t.dtype != torch.float64 else t for t in tensors]
 
 
 def _checked_scale(scale: float | None, query: Tensor) -> float:
@@ -297,7 +303,14 @@ def _describe(x: Tensor) -> str:
     return f"{str(x.dtype).removeprefix('torch.')} {list(x.shape)} on {x.device}"
 
 
+def _check_tensors(optional: bool = False, **tensors: object) -> None:
+    for name, x in tensors.items():
+        if not isinstance(x, Tensor) and not (optional and x is None):
+            raise ValueError(f"{name} must be a tensor{' or None' if optional else ''}, got {type(x).__name__}")
+
+
 def _check_rank(name: str, query: Tensor, rank: int) -> None:
+    _check_tensors(query=query)
     if query.dim() != rank + 3:
         layout = ("[B, L, heads, head_dim]", "[B, H, W, heads, head_dim]", "[B, T, H, W, heads, head_dim]")[rank - 1]
         raise ValueError(f"{name}: query must have {rank + 3} dimensions, {layout}; got shape {list(query.shape)}")

@@ -34,29 +34,44 @@ def measured_tiles(kernel: str, workload: Workload, run: Callable[[Tiles], objec
     Args:
         kernel, workload: as for `choose_tiles`.
         run: launches the kernel with the given tiles.
+
+    Raises:
+        ValueError: the file is no cache.
     """
     path = _cache_file()
-    found = _read(path)
+    found = _kept(path)
     key = repr((kernel, tuple(map(tuple, workload.axes)), *workload[1:]))
-    if key not in found:
+    choices = {json.dumps(tiles): tiles for tiles in _choices(kernel, workload)}
+    kept = json.dumps(found.get(key))
+    if kept not in choices:  # not measured yet, or by a version of this package whose choices were others
         if torch.cuda.is_available() and torch.cuda.is_current_stream_capturing():
             return None
-        found[key] = _measure(kernel, workload, run)
+        kept = json.dumps(_fastest(list(choices.values()), run))
+        found[key] = json.loads(kept)
         _write(path, found)
-    query, keys, *rest = found[key]
-    return Tiles(tuple(query), tuple(keys), *rest)
+    return choices[kept]
 
 
 @cache
+def _kept(path: Path) -> dict:
+    return _read(path)
+
+
 def _read(path: Path) -> dict:
-    return json.loads(path.read_text()) if path.exists() else {}
+    try:
+        found = json.loads(path.read_text()) if path.exists() else {}
+    except ValueError:
+        found = None
+    if not isinstance(found, dict):
+        raise ValueError(f"FUSED_NA_CACHE: {path} is damaged; remove it, and tiles are measured again")
+    return found
 
 
 def _write(path: Path, found: dict) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     unfinished = path.with_suffix(f".{os.getpid()}")
-    unfinished.write_text(json.dumps(found, indent=1))
-    unfinished.replace(path)  # several processes may tune at once; the last one to finish wins
+    unfinished.write_text(json.dumps(_read(path) | found, indent=1))  # several processes may tune at once
+    unfinished.replace(path)
 
 
 def _cache_file() -> Path:
@@ -65,10 +80,13 @@ def _cache_file() -> Path:
     return folder / f"{name}-triton{triton.__version__}.json"
 
 
-def _measure(kernel: str, workload: Workload, run: Callable[[Tiles], object]) -> Tiles:
+def _choices(kernel: str, workload: Workload) -> list[Tiles]:
     ranked = ranked_tiles(kernel, workload)
     choices = [tiles for cost, tiles in ranked if cost <= SLACK * ranked[0][0]][:MEASURED]
     shipped = choose_tiles(kernel, workload)
-    choices = choices if shipped in choices else [shipped, *choices]
+    return choices if shipped in choices else [shipped, *choices]
+
+
+def _fastest(choices: list[Tiles], run: Callable[[Tiles], object]) -> Tiles:
     times = [triton.testing.do_bench(lambda tiles=tiles: run(tiles), return_mode="median") for tiles in choices]
     return choices[times.index(min(times))]

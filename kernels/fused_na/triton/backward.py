@@ -174,6 +174,8 @@ def query_kernel(
         extra_values = additional_values + batch * additional_values_strides[0] + head_kv * additional_values_strides[2]
         for extra_begin in tl.range(0, additional, KEYS):
             extra = extra_begin + tl.arange(0, KEYS)
+            if WIDE:
+                extra = extra.to(tl.int64)
             k = load_rows(extra_keys, extra * additional_keys_strides[1], extra < additional, HEAD_DIM, BLOCK_D)
             v = load_rows(extra_values, extra * additional_values_strides[1], extra < additional, HEAD_DIM_V, BLOCK_DV)
             scores = product(q, k.T, PRECISION=PRECISION) * (scale * LOG2_E)
@@ -533,6 +535,8 @@ def additional_kernel(
     blocks = tl.cdiv(additional, KEYS)
     pid = tl.program_id(0)
     extra = pid % blocks * KEYS + tl.arange(0, KEYS)
+    if WIDE:
+        extra = extra.to(tl.int64)
     is_extra = extra < additional
     head_kv = pid // blocks % heads_kv
     batch = (pid // blocks // heads_kv % batches).to(tl.int64)

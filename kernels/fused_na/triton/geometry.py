@@ -63,9 +63,11 @@ class Geometry:
         )
         # A tensor's last element decides whether 32-bit offsets reach within a sample; outputs are contiguous in the
         # tokens.
+        additional = (problem.additional_keys, problem.additional_values)
         reach = [
             sum((n - 1) * stride for n, stride in zip(layout.shape[1:], layout.strides[1:], strict=True))
-            for layout in layouts.values()
+            for layout in (*layouts.values(), *additional)
+            if layout is not None
         ]
         width = self.heads * max(self.head_dim, self.head_dim_v) * problem.pack
         written = prod(axis.length for axis in problem.axes) * width
@@ -91,8 +93,7 @@ class Geometry:
             "PRECISION": "tf32" if query.dtype == torch.float32 and problem.allow_tf32 else "ieee",
         }
         self.arguments |= {f"{name}_strides": layout.spatial_strides for name, layout in layouts.items()}
-        for name in ("additional_keys", "additional_values"):
-            layout = getattr(problem, name)
+        for name, layout in zip(("additional_keys", "additional_values"), additional, strict=True):
             self.arguments[f"{name}_strides"] = (0, 0, 0) if layout is None else layout.strides[:3]
         self.arguments["additional"] = 0 if problem.additional_keys is None else problem.additional_keys.shape[1]
 

@@ -70,6 +70,7 @@ def problem_of(axes: tuple[Axis, ...], scale: float, tensors: Tensors, pack: int
     """The problem of tensors that are named as its layouts are."""
     query = tensors["query"]
     assert query is not None
-    allow_tf32 = torch.backends.cuda.matmul.allow_tf32
+    # Follows `allow_tf32` too, which itself raises once a program has set `fp32_precision`.
+    allow_tf32 = torch.backends.cuda.matmul.fp32_precision == "tf32"
     layouts: dict[str, Any] = {name: layout_of(x) for name, x in tensors.items()}
     return Problem(query.device, axes, scale, allow_tf32, autotune.is_enabled(), pack, **layouts)
