@@ -51,7 +51,6 @@ _HUGGING_FACE = (
     (r"^classifier\.", "head."),
 )
 _least_share: ContextVar[float] = ContextVar("least_share", default=1.0)
-_UNREADABLE = (OSError, EOFError, RuntimeError, AttributeError, pickle.UnpicklingError, SafetensorError)
 
 
 def nat_cfg(file: str, **kwargs: Any) -> dict[str, Any]:
@@ -106,11 +105,26 @@ def build_model(model_cls: Callable[..., nn.Module], variant: str, pretrained: b
     source = _source(vars(cfg))
     if cfg.file and not Path(cfg.file).exists():
         raise FileNotFoundError(f"there is no checkpoint {source}")
+    is_reading = False  # timm builds the model, then reads the checkpoint, whose errors alone are the checkpoint's
+
+    def build(**arguments: Any) -> nn.Module:
+        nonlocal is_reading
+        model = model_cls(**arguments)
+        is_reading = True
+        return model
+
+    def filter_read(state_dict: dict[str, Any], model: nn.Module) -> dict[str, Tensor]:
+        nonlocal is_reading
+        is_reading = False
+        return checkpoint_filter_fn(state_dict, model)
+
     try:
         return _without_last_downsampling(
-            build_model_with_cfg(model_cls, variant, pretrained, pretrained_filter_fn=checkpoint_filter_fn, **kwargs)
+            build_model_with_cfg(build, variant, pretrained, pretrained_filter_fn=filter_read, **kwargs)
         )
-    except _UNREADABLE as error:
+    except Exception as error:  # damaged files raise of every kind
+        if not is_reading:
+            raise
         if source == cfg.url:
             folder = Path(kwargs.get("cache_dir") or Path(torch.hub.get_dir()) / "checkpoints")
             (folder / Path(urlparse(source).path).name).unlink(missing_ok=True)
@@ -179,7 +193,7 @@ def read_file(path: str | Path) -> dict[str, Any]:
             if Path(path).suffix.lower() == ".safetensors"
             else torch.load(path, "cpu", weights_only=True)
         )
-    except _UNREADABLE as error:
+    except Exception as error:  # damaged files raise of every kind
         raise ValueError(f"cannot load weights from {path}: {_reason(error)}") from error
     if not isinstance(content, dict):
         raise ValueError(f"cannot load weights from {path}: it holds no state dict")
@@ -330,6 +344,8 @@ def unwrap(state_dict: Mapping[str, Any], source: str) -> dict[str, Tensor]:
     for wrapper in _WRAPPERS:
         if isinstance(state_dict, Mapping) and isinstance(state_dict.get(wrapper), Mapping):
             state_dict = state_dict[wrapper]
+    if not isinstance(state_dict, Mapping):
+        raise ValueError(f"cannot load weights from {source}: it holds no state dict")
     others = [str(key) for key, value in state_dict.items() if not isinstance(value, Tensor)]
     if others:
         raise ValueError(f"{source} holds no state dict, itself or as {' or '.join(_WRAPPERS)}, but {_listing(others)}")
@@ -396,7 +412,8 @@ def _source(cfg: Mapping[str, Any]) -> str:
 def _reason(error: Exception) -> str:
     if isinstance(error, AttributeError):
         return "it holds no state dict"
-    if isinstance(error, pickle.UnpicklingError) or isinstance(error.__cause__, pickle.UnpicklingError):
+    is_unpicklable = pickle.UnpicklingError in (type(error), type(error.__cause__))
+    if is_unpicklable or not isinstance(error, OSError | EOFError | RuntimeError | ValueError | SafetensorError):
         return "it is damaged, of another format, or holds objects that only unsafe unpickling would restore"
     return str(error) or type(error).__name__
 
