@@ -12,6 +12,7 @@ only, nothing in the file is executed) and calls `checkpoint_filter_fn`, which u
 import pickle
 import re
 import warnings
+from argparse import Namespace
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from contextvars import ContextVar
@@ -188,11 +189,11 @@ def read_file(path: str | Path) -> dict[str, Any]:
         raise FileNotFoundError(f"there is no file {str(path)!r}")
     check_checksum(path)
     try:
-        content = (
-            load_file(path)
-            if Path(path).suffix.lower() == ".safetensors"
-            else torch.load(path, "cpu", weights_only=True)
-        )
+        if Path(path).suffix.lower() == ".safetensors":
+            content = load_file(path)
+        else:
+            with torch.serialization.safe_globals([Namespace]):  # timm's training keeps its arguments so
+                content = torch.load(path, "cpu", weights_only=True)
     except Exception as error:  # damaged files raise of every kind
         raise ValueError(f"cannot load weights from {path}: {_reason(error)}") from error
     if not isinstance(content, dict):
