@@ -277,6 +277,7 @@ def adapt_state_dict(state_dict: Mapping[str, Any], model: nn.Module) -> tuple[d
     if cfg["num_classes"] != model.num_classes:
         replaced = [f"{head}.weight", f"{head}.bias"]
         report.reinitialised = [key for key in replaced if key in expected]
+        report.ignored += [key for key in replaced if key in weights and key not in expected]
     new: list[str] = []
     if is_of_images(weights, expected):
         weights, report.inflated, left_out = inflate(weights, expected)

@@ -151,6 +151,8 @@ def test_another_class_count_gets_a_new_head_only(num_classes: int, tmp_path: Pa
     assert_same_body(model, state)
     assert model.num_classes == num_classes
     assert num_classes == 0 or model.head.weight.shape == (5, 128)
+    report, head = model.load_report, ["head.weight", "head.bias"]
+    assert (report.ignored, report.reinitialised) == ((head, []) if num_classes == 0 else ([], head))
 
 
 def test_head_is_kept_where_the_file_has_as_many_classes(tmp_path: Path) -> None:
