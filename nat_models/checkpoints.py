@@ -12,6 +12,7 @@ only, nothing in the file is executed) and calls `checkpoint_filter_fn`, which u
 import pickle
 import re
 import warnings
+from argparse import Namespace
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from contextvars import ContextVar
@@ -51,7 +52,6 @@ _HUGGING_FACE = (
     (r"^classifier\.", "head."),
 )
 _least_share: ContextVar[float] = ContextVar("least_share", default=1.0)
-_UNREADABLE = (OSError, EOFError, RuntimeError, AttributeError, pickle.UnpicklingError, SafetensorError)
 
 
 def nat_cfg(file: str, **kwargs: Any) -> dict[str, Any]:
@@ -106,11 +106,26 @@ def build_model(model_cls: Callable[..., nn.Module], variant: str, pretrained: b
     source = _source(vars(cfg))
     if cfg.file and not Path(cfg.file).exists():
         raise FileNotFoundError(f"there is no checkpoint {source}")
+    is_reading = False  # timm builds the model, then reads the checkpoint, whose errors alone are the checkpoint's
+
+    def build(**arguments: Any) -> nn.Module:
+        nonlocal is_reading
+        model = model_cls(**arguments)
+        is_reading = True
+        return model
+
+    def filter_read(state_dict: dict[str, Any], model: nn.Module) -> dict[str, Tensor]:
+        nonlocal is_reading
+        is_reading = False
+        return checkpoint_filter_fn(state_dict, model)
+
     try:
         return _without_last_downsampling(
-            build_model_with_cfg(model_cls, variant, pretrained, pretrained_filter_fn=checkpoint_filter_fn, **kwargs)
+            build_model_with_cfg(build, variant, pretrained, pretrained_filter_fn=filter_read, **kwargs)
         )
-    except _UNREADABLE as error:
+    except Exception as error:  # damaged files raise of every kind
+        if not is_reading:
+            raise
         if source == cfg.url:
             folder = Path(kwargs.get("cache_dir") or Path(torch.hub.get_dir()) / "checkpoints")
             (folder / Path(urlparse(source).path).name).unlink(missing_ok=True)
@@ -174,12 +189,12 @@ def read_file(path: str | Path) -> dict[str, Any]:
         raise FileNotFoundError(f"there is no file {str(path)!r}")
     check_checksum(path)
     try:
-        content = (
-            load_file(path)
-            if Path(path).suffix.lower() == ".safetensors"
-            else torch.load(path, "cpu", weights_only=True)
-        )
-    except _UNREADABLE as error:
+        if Path(path).suffix.lower() == ".safetensors":
+            content = load_file(path)
+        else:
+            with torch.serialization.safe_globals([Namespace]):  # timm's training keeps its arguments so
+                content = torch.load(path, "cpu", weights_only=True)
+    except Exception as error:  # damaged files raise of every kind
         raise ValueError(f"cannot load weights from {path}: {_reason(error)}") from error
     if not isinstance(content, dict):
         raise ValueError(f"cannot load weights from {path}: it holds no state dict")
@@ -262,6 +277,7 @@ def adapt_state_dict(state_dict: Mapping[str, Any], model: nn.Module) -> tuple[d
     if cfg["num_classes"] != model.num_classes:
         replaced = [f"{head}.weight", f"{head}.bias"]
         report.reinitialised = [key for key in replaced if key in expected]
+        report.ignored += [key for key in replaced if key in weights and key not in expected]
     new: list[str] = []
     if is_of_images(weights, expected):
         weights, report.inflated, left_out = inflate(weights, expected)
@@ -330,6 +346,8 @@ def unwrap(state_dict: Mapping[str, Any], source: str) -> dict[str, Tensor]:
     for wrapper in _WRAPPERS:
         if isinstance(state_dict, Mapping) and isinstance(state_dict.get(wrapper), Mapping):
             state_dict = state_dict[wrapper]
+    if not isinstance(state_dict, Mapping):
+        raise ValueError(f"cannot load weights from {source}: it holds no state dict")
     others = [str(key) for key, value in state_dict.items() if not isinstance(value, Tensor)]
     if others:
         raise ValueError(f"{source} holds no state dict, itself or as {' or '.join(_WRAPPERS)}, but {_listing(others)}")
@@ -396,7 +414,8 @@ def _source(cfg: Mapping[str, Any]) -> str:
 def _reason(error: Exception) -> str:
     if isinstance(error, AttributeError):
         return "it holds no state dict"
-    if isinstance(error, pickle.UnpicklingError) or isinstance(error.__cause__, pickle.UnpicklingError):
+    is_unpicklable = pickle.UnpicklingError in (type(error), type(error.__cause__))
+    if is_unpicklable or not isinstance(error, OSError | EOFError | RuntimeError | ValueError | SafetensorError):
         return "it is damaged, of another format, or holds objects that only unsafe unpickling would restore"
     return str(error) or type(error).__name__
 

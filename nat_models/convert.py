@@ -121,16 +121,31 @@ def _name_of_weights(source: Path, weights: Mapping[str, Tensor]) -> str:
     return fitting[0]
 
 
+class _ModelKwargs(ParseKwargs):
+    """timm's, with a message instead of a traceback for what is no KEY=VALUE."""
+
+    def __call__(self, parser: Any, namespace: Any, values: Any, option_string: str | None = None) -> None:
+        for value in values:
+            if "=" not in value:
+                raise argparse.ArgumentError(self, f"{value!r} is not KEY=VALUE, such as kernel_size=11")
+        super().__call__(parser, namespace, values, option_string)
+
+
+def add_model_kwargs_option(parser: argparse.ArgumentParser) -> None:
+    """`--model-kwargs KEY=VALUE...`, a dict."""
+    parser.add_argument(
+        "--model-kwargs", nargs="+", default={}, action=_ModelKwargs, metavar="KEY=VALUE",
+        help="arguments of the model that differ, for example num_classes=10 kernel_size=11",
+    )  # fmt: skip
+
+
 def main(arguments: list[str] | None = None) -> None:
     """Converts and prints the report; exits with status 2 and one line for what the user can correct."""
     parser = argparse.ArgumentParser(prog="python -m nat_models.convert", description="Weights into timm's format.")
     parser.add_argument("source", metavar="IN", help="file with weights: .pth, .bin, .ckpt, .safetensors")
     parser.add_argument("target", metavar="OUT", help="new folder, or new file ending in .safetensors")
     parser.add_argument("--model", help="registered name, where the file does not tell it (python -m nat_models.list)")
-    parser.add_argument(
-        "--model-kwargs", nargs="+", default={}, action=ParseKwargs, metavar="KEY=VALUE",
-        help="arguments of the model that differ, for example num_classes=10 kernel_size=11",
-    )  # fmt: skip
+    add_model_kwargs_option(parser)
     options = parser.parse_args(arguments)
     try:
         model = convert(options.source, options.target, options.model, **options.model_kwargs)

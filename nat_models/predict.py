@@ -22,11 +22,12 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 from timm.data import ImageNetInfo, get_img_extensions, infer_imagenet_subset, resolve_input_data_config
-from timm.utils import ParseKwargs, natural_key
+from timm.utils import natural_key
 from torch import Tensor, nn
 
 from nat_models.attention import LayerAttention, capture_attention
 from nat_models.checkpoints import infer_sizes, read_file, rename, unwrap
+from nat_models.convert import add_model_kwargs_option
 from nat_models.data import UndecodableImageError
 from nat_models.data.datasets import DECODE_ERRORS
 from nat_models.data.device_transforms import DeviceTransform
@@ -291,10 +292,7 @@ def print_prediction(path: Path, prediction: Sequence[tuple[str, float]]) -> Non
 def add_model_options(parser: argparse.ArgumentParser) -> None:
     """The options beside MODEL_OR_RUN that `load` wants."""
     parser.add_argument("--checkpoint", metavar="FILE", help="weights of MODEL (default: download the published ones)")
-    parser.add_argument(
-        "--model-kwargs", nargs="+", default={}, action=ParseKwargs, metavar="KEY=VALUE",
-        help="arguments of MODEL that differ, for example kernel_size=11",
-    )  # fmt: skip
+    add_model_kwargs_option(parser)
     parser.add_argument(
         "--device", default="cuda" if torch.cuda.is_available() else "cpu", help="(default: %(default)s)"
     )

@@ -1,5 +1,6 @@
 """Weights in every form a user may bring, and a clear error for the ones that do not fit."""
 
+import io
 import os
 import pickle
 import re
@@ -18,7 +19,7 @@ from timm.models import save_for_hf
 from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel
 
-from nat_models.checkpoints import adapt_state_dict, rename, resize_rpb
+from nat_models.checkpoints import adapt_state_dict, read_file, rename, resize_rpb
 
 HUGGING_FACE = {"nat": "nat", "nat_layerscale": "nat", "dinat": "dinat"}
 """Golden file -> prefix that Hugging Face gives the model's parameters."""
@@ -150,6 +151,8 @@ def test_another_class_count_gets_a_new_head_only(num_classes: int, tmp_path: Pa
     assert_same_body(model, state)
     assert model.num_classes == num_classes
     assert num_classes == 0 or model.head.weight.shape == (5, 128)
+    report, head = model.load_report, ["head.weight", "head.bias"]
+    assert (report.ignored, report.reinitialised) == ((head, []) if num_classes == 0 else ([], head))
 
 
 def test_head_is_kept_where_the_file_has_as_many_classes(tmp_path: Path) -> None:
@@ -350,6 +353,18 @@ def test_truncated_file(suffix: str, tmp_path: Path) -> None:
     path = save(golden("nat")[1], tmp_path / f"weights{suffix}")
     path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
     wrong("nat", path, "cannot load weights from")
+
+
+def test_truncated_file_of_the_older_format(tmp_path: Path) -> None:
+    """Where it ends decides which exception PyTorch's reader raises."""
+    buffer = io.BytesIO()
+    torch.save(golden("nat")[1], buffer, _use_new_zipfile_serialization=False)
+    content, path = buffer.getvalue(), tmp_path / "weights.pth"
+    for size in (*range(0, 3000, 200), len(content) // 2, len(content) - 1):
+        path.write_bytes(content[:size])
+        wrong("nat", path, "cannot load weights from")
+        with pytest.raises(ValueError, match=f"cannot load weights from {path}"):
+            read_file(path)
 
 
 @pytest.mark.parametrize("content", [[torch.ones(1)], {"epoch": 3}, torch.ones(1), {"model": {"a": 1}}])

@@ -4,6 +4,7 @@ import json
 import re
 import subprocess
 import sys
+from argparse import Namespace
 from pathlib import Path
 from typing import Any
 
@@ -71,6 +72,20 @@ def test_the_weights_tell_the_model_where_one_fits(tmp_path: Path) -> None:
     state = timm.create_model("dinat_s_tiny").state_dict()
     model = convert(save({"model": dict(state)}, tmp_path / "weights.pth"), tmp_path / "out")
     assert model.pretrained_cfg["architecture"] == "dinat_s_tiny"
+
+
+def test_checkpoint_of_the_original_training_code(tmp_path: Path) -> None:
+    """As timm's `CheckpointSaver` writes it, which the original code trains with."""
+    content = {
+        "epoch": 3,
+        "arch": "nat_mini",
+        "state_dict": golden("nat")[1],
+        "args": Namespace(model="nat_mini", lr=0.1),
+    }
+    source = save(content, tmp_path / "model_best.pth.tar")
+    model = convert(source, tmp_path / "out", "nat_mini", **golden("nat")[0]).eval()
+    with torch.no_grad():
+        assert relative_error(model(golden("nat")[2]["input"]), golden("nat")[2]["logits"]) < 1e-4
 
 
 def test_models_that_the_weights_cannot_tell_apart(tmp_path: Path) -> None:

@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
+from unittest.mock import Mock
 
 import pytest
 import timm
@@ -104,6 +105,26 @@ def test_a_truncated_download(server: Server, body: bytes, cache: dict[str, Any]
     assert cached(tmp_path) == []
     server.files["nat_mini.pth"] = (len(body), body)
     assert load(server.url("nat_mini.pth"), **cache).num_classes == 10
+
+
+def test_a_truncated_download_of_the_older_format(server: Server, cache: dict[str, Any], tmp_path: Path) -> None:
+    buffer = io.BytesIO()
+    torch.save(golden("nat")[1], buffer, _use_new_zipfile_serialization=False)
+    server.files["nat_mini.pth"] = (len(buffer.getvalue()), buffer.getvalue()[:600])
+    with pytest.raises(ValueError, match=f"cannot load weights from {server.url('nat_mini.pth')}: it is damaged"):
+        load(server.url("nat_mini.pth"), **cache)
+    assert cached(tmp_path) == []
+
+
+def test_a_model_that_cannot_be_built_leaves_the_cached_download(
+    server: Server, body: bytes, cache: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    server.files["nat_mini.pth"] = (len(body), body)
+    load(server.url("nat_mini.pth"), **cache)
+    monkeypatch.setattr(torch, "empty", Mock(side_effect=RuntimeError("can't allocate memory")))
+    with pytest.raises(RuntimeError, match="can't allocate memory"):
+        load(server.url("nat_mini.pth"), **cache)
+    assert cached(tmp_path) == ["nat_mini.pth"]
 
 
 def test_a_missing_file(server: Server, cache: dict[str, Any], tmp_path: Path) -> None:

@@ -215,9 +215,10 @@ def test_mistakes_get_one_line(
     [
         (["--queries", "1,2"], "--queries needs --attention"),
         (["--attention", "--queries", "1"], "'1' is not ROW,COLUMN"),
+        (["--model-kwargs", "kernel_size=5", "other.jpg"], "--model-kwargs: 'other.jpg' is not KEY=VALUE"),
     ],
 )
-def test_queries_are_checked(arguments: list[str], message: str, capsys: pytest.CaptureFixture[str]) -> None:
+def test_options_are_checked(arguments: list[str], message: str, capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit, match="2"):
         main(["nat_mini", "image.jpg", *arguments])
     assert message in capsys.readouterr().err
