@@ -5,6 +5,8 @@ import hashlib
 import json
 import math
 import pickle
+import subprocess
+import sys
 from copy import deepcopy
 from pathlib import Path
 
@@ -25,7 +27,7 @@ from nat_models.engine.build import quiet_lightning
 from nat_models.engine.callbacks import Mistake, PredictionRecorder
 from nat_models.engine.checkpoint import check_resumable, check_unfinished, find_checkpoint, read_checkpoint
 from nat_models.engine.classification import COMPILE_MODES, ClassificationModule
-from nat_models.engine.errors import RUN_ERRORS, NonFiniteStepsError, exit_on
+from nat_models.engine.errors import PREEMPTED_STATUS, RUN_ERRORS, NonFiniteStepsError, exit_on
 from nat_models.engine.evaluation import evaluate
 from nat_models.engine.non_finite import SkipNonFiniteSteps
 from nat_models.engine.plots import plot_batch, plot_confusion, plot_curves, plot_mistakes, plot_per_class
@@ -211,6 +213,17 @@ def test_a_full_disk_is_named_with_the_run_folder(tmp_path, capsys):
         raise OSError(errno.ENOSPC, "No space left on device")
     message = f"error: [Errno 28] No space left on device; the run folder is {tmp_path}\n"
     assert capsys.readouterr().err == message
+
+
+def test_a_preempted_run_keeps_its_status_when_signalled_again_on_its_way_out():
+    script = (
+        "import atexit, os, signal\n"
+        "from nat_models.engine.errors import Preempted, exit_on\n"
+        "atexit.register(lambda: [os.kill(os.getpid(), number) for number in (signal.SIGTERM, signal.SIGUSR1)])\n"
+        "with exit_on(()):\n"
+        "    raise Preempted"
+    )
+    assert subprocess.run([sys.executable, "-c", script]).returncode == PREEMPTED_STATUS
 
 
 def test_non_finite_loss_stops_training(tmp_path):

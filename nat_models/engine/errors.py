@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from types import FrameType
+from typing import Any
 
 from hydra.core.hydra_config import HydraConfig
 from hydra.errors import InstantiationException
@@ -55,14 +56,17 @@ def exit_on(error_types: tuple[type[Exception], ...], folder: Path | None = None
     """Turns errors of these types into `error: ...` on stderr and exit status 2, and removes `folder` if it is empty.
 
     An OSError that names no file, as that of a full disk, names `folder`. One of a sweep fails alone. A run that is
-    preempted ends with status 75, and its sweep with it, at once where it has no handlers of its own for the signals.
+    preempted ends with status 75, and its sweep with it, at once where it has no handlers of its own for the signals;
+    further ones change nothing about that.
 
     `HYDRA_FULL_ERROR=1` in the environment keeps the traceback, as it does for Hydra's own errors.
     """
-    handlers = {number: signal.signal(number, _preempt) for number in PREEMPTION_SIGNALS}
+    handlers: dict[Any, Any] = {number: signal.signal(number, _preempt) for number in PREEMPTION_SIGNALS}
     try:
         yield
     except Preempted:
+        # Schedulers repeat their signals, and srun sends one to the other processes as soon as the first has left.
+        handlers = dict.fromkeys(handlers, signal.SIG_IGN)
         raise SystemExit(PREEMPTED_STATUS) from None
     except error_types as error:
         if os.environ.get("HYDRA_FULL_ERROR", "0") != "0":
