@@ -225,8 +225,7 @@ def test_loads_and_bulk_copies(axes: list[Axis], has_rpb: bool, bulk: bool, monk
     "axes",
     [
         [Axis(40, 5, 2, 4)],
-        [Axis(9, 4, 1, 2, True), Axis(7, 3, 2)],
-        [Axis(8, 3, 1, 2), Axis(10, 2, 1, 3)],
+        [Axis(5, 4, 1, 1, True), Axis(7, 3, 2)],
         [Axis(4, 3, 2, 1, True), Axis(3, 3), Axis(5, 2)],
     ],
 )
@@ -235,14 +234,13 @@ def test_packed(axes: list[Axis], bulk: bool, monkeypatch: pytest.MonkeyPatch) -
     tile = [(1, 1, 16), (4, 1, 4), (1, 4, 4)][len(axes) - 1]
     monkeypatch.setattr(plan, "choose_tiles", lambda *problem: Tiles(tile, tile, 1, 1, bulk))
     monkeypatch.setattr(gpu, "capability", lambda device: 9)
-    problem = Problem(*zip(*axes, strict=True), batch=2, heads=2, head_dim=16, head_dim_v=16, has_rpb=len(axes) == 2)
-    inputs = problem.inputs(torch.float32)
-    qkv = torch.stack([inputs.pop(name) for name in ("query", "key", "value")], -3).requires_grad_()
-    wanted = [qkv, *(x.requires_grad_() for x in inputs.values())]
-    options: dict = problem.options | inputs | {"backend": "triton"}
+    problem = Problem(*zip(*axes, strict=True))
+    shape = (2 if len(axes) < 3 else 1, *problem.spatial, 3, 2, 16)
+    qkv = torch.randn(shape, generator=torch.Generator().manual_seed(0), requires_grad=True)
+    options: dict = problem.options | {"backend": "triton"}
     outputs = [neighborhood_attention(*qkv.unbind(-3), **options), packed_neighborhood_attention(qkv, **options)]
-    expected, actual = (torch.autograd.grad(x.sin().sum(), wanted) for x in outputs)
-    assert torch.equal(*outputs) and all(map(torch.equal, actual, expected))
+    expected, actual = (torch.autograd.grad(x.sin().sum(), qkv)[0] for x in outputs)
+    assert torch.equal(*outputs) and torch.equal(actual, expected)
 
 
 @pytest.mark.parametrize("changes", [dict(scale=-0.7), dict(scale=0.0), dict(batch=0)], ids=str)

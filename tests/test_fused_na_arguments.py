@@ -153,6 +153,13 @@ def test_illegal_arguments_beside_packed_tensors(changes: dict, message: str, mo
         packed_neighborhood_attention(**({"qkv": torch.zeros(2, 6, 8, 3, 2, 16), "kernel_size": 3} | changes))
 
 
+@pytest.mark.parametrize("dtype", [torch.int64, torch.uint8, torch.bool, torch.complex64], ids=str)
+def test_autocast_casts_floating_point_alone(dtype: torch.dtype) -> None:
+    x = torch.zeros(1, 5, 2, 4, dtype=dtype)
+    with torch.autocast("cpu", torch.bfloat16), pytest.raises(ValueError, match="query must be float16"):
+        na1d(x, x, x, kernel_size=3)
+
+
 def test_a_missing_triton_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(functional, "HAS_TRITON", False)
     with pytest.raises(ValueError, match="backend='triton'.*not installed"):
