@@ -129,7 +129,9 @@ def test_illegal_arguments(changes: dict, message: list[str], monkeypatch: pytes
         assert part in str(error.value)
 
 
-@pytest.mark.parametrize("shape", [(3, 2, 4), (2, 3, 2, 4), (2, 6, 2, 2, 4), (2, 3, 3, 3, 3, 3, 2, 4)], ids=str)
+@pytest.mark.parametrize(
+    "shape", [(3, 2, 4), (2, 3, 2, 4), (2, 6, 2, 2, 4), (2, 3, 3, 3, 3, 3, 2, 4), (2, 6, 3, 0, 4)], ids=str
+)
 def test_tensors_that_do_not_hold_query_key_and_value(shape: tuple[int, ...]) -> None:
     with pytest.raises(ValueError, match=rf"qkv must be \[B, \*spatial, 3, .*{re.escape(str([*shape]))}"):
         packed_neighborhood_attention(torch.zeros(shape), 1)
@@ -141,6 +143,7 @@ def test_tensors_that_do_not_hold_query_key_and_value(shape: tuple[int, ...]) ->
         ({"kernel_size": 7}, "kernel_size .* 7"),
         ({"rpb": torch.zeros(2, 5, 3)}, r"rpb .*\[2, 5, 5\]"),
         ({"qkv": [1.0]}, "qkv must be a tensor"),
+        ({"qkv": torch.zeros(2, 6, 8, 3, 2, 16).long()}, "qkv must be .*float32.* got int64"),
         ({"rpb": True}, "rpb must be a tensor or None"),
         ({"scale": "1"}, "scale .*'1'"),
         ({"backend": "triton"}, "backend='triton'.*cpu"),

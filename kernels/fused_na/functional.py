@@ -186,9 +186,10 @@ def packed_neighborhood_attention(
     """
     _check_tensors(qkv=qkv)
     _check_tensors(True, rpb=rpb)
-    if not 5 <= qkv.dim() <= 7 or qkv.shape[-3] != 3:
+    if not 5 <= qkv.dim() <= 7 or qkv.shape[-3] != 3 or 0 in qkv.shape[-2:] or qkv.dtype not in _DTYPES:
         raise ValueError(
-            f"qkv must be [B, *spatial, 3, heads, head_dim] with 1 to 3 spatial axes, got shape {list(qkv.shape)}"
+            "qkv must be [B, *spatial, 3, heads, head_dim] with 1 to 3 spatial axes, in float16, bfloat16, float32 or "
+            f"float64, got {_describe(qkv)}"
         )
     (qkv,) = _autocast(qkv)
     query, key, value = qkv.unbind(-3)
