@@ -564,7 +564,10 @@ def test_drop_rates_act_in_training_only() -> None:
         (dict(num_heads=(1, 2)), "num_heads must hold one entry for each of the 4 stages of depths, got"),
         (dict(num_heads=(1, 2, 3, 5)), "num_heads must divide the 64 channels, got 3"),
         (dict(kernel_size=(7, 7)), "kernel_size must hold one entry for each of the 4 stages"),
+        (dict(num_heads=(1, 2, 2.0, 4)), "num_heads must be an integer, at least 1, got 2.0"),
+        (dict(mlp_ratio=0), "mlp_ratio must be a number, above 0, got 0"),
         (dict(kernel_size=0), "kernel_size must be at least 1, got 0"),
+        (dict(kernel_size=7.0), r"kernel_size must be one integer or one per axis \(2\), got 7.0"),
         (dict(dilations=[1, 2]), "dilations must hold one entry for each of the 4 stages"),
         (dict(dilations=[1, 2, [], 1]), "dilations must hold at least one dilation per stage"),
         (dict(dilations=[1, 2, 0, 1]), "dilation must be at least 1, got 0"),
@@ -585,8 +588,13 @@ def test_wrong_arguments_are_named(arguments: dict[str, Any], message: str) -> N
 def test_wrong_arguments_of_isotropic_models_are_named() -> None:
     with pytest.raises(ValueError, match="depth must be an integer, at least 1, got 0"):
         small("nat_isotropic_small", depth=0)
-    with pytest.raises(ValueError, match="img_size must be at least 1, got 0"):
-        small("vitrpb_small", img_size=0)
+    for name in ("nat_isotropic_small", "vitrpb_small"):
+        with pytest.raises(ValueError, match="img_size must be an integer, at least 1, got 0"):
+            small(name, img_size=0)
+        with pytest.raises(ValueError, match=r"img_size must be one integer or \(height, width\), got \(1, 2, 3\)"):
+            small(name, img_size=(1, 2, 3))
+        with pytest.raises(ValueError, match="img_size must be an integer, at least 1, got 224.5"):
+            small(name).set_input_size(224.5)
 
 
 def test_pooling() -> None:
