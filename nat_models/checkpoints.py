@@ -25,7 +25,7 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
-from timm.models import FeatureHookNet, adapt_input_conv, build_model_with_cfg, resolve_pretrained_cfg
+from timm.models import FeatureGraphNet, FeatureHookNet, adapt_input_conv, build_model_with_cfg, resolve_pretrained_cfg
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -97,9 +97,10 @@ def build_model(model_cls: Callable[..., nn.Module], variant: str, pretrained: b
         ValueError: the checkpoint cannot be read or downloaded, or does not fit the model. A download that cannot be
             read is removed from the cache. Or `feature_cls` is "fx".
     """
-    if kwargs.get("features_only") and kwargs.get("feature_cls") == "fx":
+    feature_cls = kwargs.get("feature_cls")
+    if kwargs.get("features_only") and (feature_cls is FeatureGraphNet or str(feature_cls).lower() == "fx"):
         # The last node of a stage in a traced graph is its downsampling, so the maps would be the next stage's.
-        raise ValueError("feature_cls must be 'list', 'dict', 'hook' or 'getter', got 'fx'")
+        raise ValueError(f"feature_cls must be 'list', 'dict', 'hook' or 'getter', got {feature_cls!r}")
     if not pretrained:
         return _without_last_downsampling(build_model_with_cfg(model_cls, variant, pretrained, **kwargs))
     cfg = resolve_pretrained_cfg(variant, kwargs.get("pretrained_cfg"), kwargs.get("pretrained_cfg_overlay"))

@@ -11,7 +11,7 @@ from golden_models import MODELS, ZOO, golden, load, relative_error, save
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from timm.layers import DropPath, get_channel_dim, get_spatial_dim
-from timm.models import FeatureInfo, get_notrace_functions, get_notrace_modules, group_parameters
+from timm.models import FeatureGraphNet, FeatureInfo, get_notrace_functions, get_notrace_modules, group_parameters
 from timm.optim import create_optimizer_v2, param_groups_layer_decay
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -436,9 +436,10 @@ def test_fx_training(name: str) -> None:
     assert all(parameter.grad is not None for parameter in traced.parameters())
 
 
-def test_features_of_a_traced_graph_are_refused() -> None:
-    with pytest.raises(ValueError, match="feature_cls must be 'list', 'dict', 'hook' or 'getter', got 'fx'"):
-        small("nat_mini", features_only=True, feature_cls="fx")
+@pytest.mark.parametrize("feature_cls", ["fx", "FX", FeatureGraphNet])
+def test_features_of_a_traced_graph_are_refused(feature_cls: Any) -> None:
+    with pytest.raises(ValueError, match=f"feature_cls must be 'list', .* or 'getter', got {feature_cls!r}"):
+        small("nat_mini", features_only=True, feature_cls=feature_cls)
 
 
 @pytest.mark.parametrize("name", SMALL)
