@@ -11,6 +11,7 @@ only, nothing in the file is executed) and calls `checkpoint_filter_fn`, which u
 
 import pickle
 import re
+import struct
 import warnings
 from argparse import Namespace
 from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -22,7 +23,6 @@ from typing import Any
 from urllib.parse import urlparse
 
 import torch
-from safetensors import SafetensorError
 from safetensors.torch import load_file
 from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from timm.models import FeatureGraphNet, FeatureHookNet, adapt_input_conv, build_model_with_cfg, resolve_pretrained_cfg
@@ -51,6 +51,7 @@ _HUGGING_FACE = (
     (r"^layernorm\.", "norm."),
     (r"^classifier\.", "head."),
 )
+_OF_DAMAGE = (pickle.UnpicklingError, EOFError, LookupError, AssertionError, struct.error)  # without a telling message
 _least_share: ContextVar[float] = ContextVar("least_share", default=1.0)
 
 
@@ -415,8 +416,7 @@ def _source(cfg: Mapping[str, Any]) -> str:
 def _reason(error: Exception) -> str:
     if isinstance(error, AttributeError):
         return "it holds no state dict"
-    is_unpicklable = pickle.UnpicklingError in (type(error), type(error.__cause__))
-    if is_unpicklable or not isinstance(error, OSError | EOFError | RuntimeError | ValueError | SafetensorError):
+    if isinstance(error, _OF_DAMAGE) or isinstance(error.__cause__, pickle.UnpicklingError):
         return "it is damaged, of another format, or holds objects that only unsafe unpickling would restore"
     return str(error) or type(error).__name__
 
