@@ -11,6 +11,7 @@ only, nothing in the file is executed) and calls `checkpoint_filter_fn`, which u
 
 import pickle
 import re
+import struct
 import warnings
 from argparse import Namespace
 from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -22,10 +23,9 @@ from typing import Any
 from urllib.parse import urlparse
 
 import torch
-from safetensors import SafetensorError
 from safetensors.torch import load_file
 from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
-from timm.models import FeatureHookNet, adapt_input_conv, build_model_with_cfg, resolve_pretrained_cfg
+from timm.models import FeatureGraphNet, FeatureHookNet, adapt_input_conv, build_model_with_cfg, resolve_pretrained_cfg
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -51,6 +51,7 @@ _HUGGING_FACE = (
     (r"^layernorm\.", "norm."),
     (r"^classifier\.", "head."),
 )
+_OF_DAMAGE = (pickle.UnpicklingError, EOFError, LookupError, AssertionError, struct.error)  # without a telling message
 _least_share: ContextVar[float] = ContextVar("least_share", default=1.0)
 
 
@@ -97,9 +98,10 @@ def build_model(model_cls: Callable[..., nn.Module], variant: str, pretrained: b
         ValueError: the checkpoint cannot be read or downloaded, or does not fit the model. A download that cannot be
             read is removed from the cache. Or `feature_cls` is "fx".
     """
-    if kwargs.get("features_only") and kwargs.get("feature_cls") == "fx":
+    feature_cls = kwargs.get("feature_cls")
+    if kwargs.get("features_only") and (feature_cls is FeatureGraphNet or str(feature_cls).lower() == "fx"):
         # The last node of a stage in a traced graph is its downsampling, so the maps would be the next stage's.
-        raise ValueError("feature_cls must be 'list', 'dict', 'hook' or 'getter', got 'fx'")
+        raise ValueError(f"feature_cls must be 'list', 'dict', 'hook' or 'getter', got {feature_cls!r}")
     if not pretrained:
         return _without_last_downsampling(build_model_with_cfg(model_cls, variant, pretrained, **kwargs))
     cfg = resolve_pretrained_cfg(variant, kwargs.get("pretrained_cfg"), kwargs.get("pretrained_cfg_overlay"))
@@ -414,8 +416,7 @@ def _source(cfg: Mapping[str, Any]) -> str:
 def _reason(error: Exception) -> str:
     if isinstance(error, AttributeError):
         return "it holds no state dict"
-    is_unpicklable = pickle.UnpicklingError in (type(error), type(error.__cause__))
-    if is_unpicklable or not isinstance(error, OSError | EOFError | RuntimeError | ValueError | SafetensorError):
+    if isinstance(error, _OF_DAMAGE) or isinstance(error.__cause__, pickle.UnpicklingError):
         return "it is damaged, of another format, or holds objects that only unsafe unpickling would restore"
     return str(error) or type(error).__name__
 

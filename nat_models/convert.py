@@ -57,8 +57,7 @@ def convert(source: str | Path, target: str | Path, model_name: str | None = Non
     below = next(folder for folder in target.absolute().parents if folder.exists())
     if not below.is_dir():
         raise ValueError(f"the output {str(target)!r} is below a file, {str(below)!r}")
-    for name in NOT_OF_MODELS & model_kwargs.keys():
-        raise ValueError(f"model_kwargs must be arguments of the model itself, got {name}={model_kwargs[name]!r}")
+    check_model_kwargs(model_kwargs)
     for path in (target, target.with_suffix(".json")) if is_file else (target,):
         if path.exists():
             raise ValueError(f"the output {str(path)!r} exists already")
@@ -84,6 +83,12 @@ def convert(source: str | Path, target: str | Path, model_name: str | None = Non
         else:
             written.rename(target)
     return model
+
+
+def check_model_kwargs(model_kwargs: Mapping[str, Any]) -> None:
+    """Raises ValueError if there are arguments of timm's `create_model` among those of the model."""
+    for name in NOT_OF_MODELS & model_kwargs.keys():
+        raise ValueError(f"model_kwargs must be arguments of the model itself, got {name}={model_kwargs[name]!r}")
 
 
 def _pretrained_cfg(name: str) -> Any:

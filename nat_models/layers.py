@@ -62,7 +62,8 @@ class NeighborhoodAttention(nn.Module):
         proj_drop: float = 0.0,
     ) -> None:
         super().__init__()
-        if num_heads < 1 or dim % num_heads:
+        check_number("num_heads", num_heads, 1, whole=True)
+        if dim % num_heads:
             raise ValueError(f"num_heads must divide the {dim} channels, got {num_heads}")
         self.num_heads = num_heads
         self.kernel_size = self._per_axis("kernel_size", kernel_size)
@@ -87,8 +88,9 @@ class NeighborhoodAttention(nn.Module):
 
     def _per_axis(self, name: str, value: _T | Sequence[_T]) -> tuple[_T, ...]:
         values = tuple(value) if isinstance(value, Sequence) else (value,) * self.num_axes
-        if len(values) != self.num_axes:
-            raise ValueError(f"{name} must be one value or one per axis ({self.num_axes}), got {value}")
+        if len(values) != self.num_axes or not all(isinstance(x, int) for x in values):  # a bool is one
+            kind = "bool" if name == "is_causal" else "integer"
+            raise ValueError(f"{name} must be one {kind} or one per axis ({self.num_axes}), got {value!r}")
         return values
 
     def forward(self, x: Tensor) -> Tensor:
@@ -165,6 +167,7 @@ class Block(nn.Module):
         drop_path: float = 0.0,
     ) -> None:
         super().__init__()
+        check_number("mlp_ratio", mlp_ratio, above=0)
         self.norm1 = nn.LayerNorm(dim)
         self.attn = attn
         self.norm2 = nn.LayerNorm(dim)

@@ -100,6 +100,7 @@ class NATIsotropic(Backbone):
         self.patch_size = patch_size
         self.patch_embed = PatchEmbed(in_chans, embed_dim, (patch_size, patch_size))
         drop_path_rates: Any = calculate_drop_path_rates(drop_path_rate, depth)
+        map_size = self._map_size(img_size)
         attention = NeighborhoodAttention2D if kernel_size is not None else MapAttention
         blocks = [
             Block(
@@ -107,7 +108,7 @@ class NATIsotropic(Backbone):
                 attention(
                     embed_dim,
                     num_heads,
-                    kernel_size if kernel_size is not None else self._map_size(img_size),
+                    kernel_size if kernel_size is not None else map_size,
                     dilation=dilation if i % 2 else 1,
                     qkv_bias=qkv_bias,
                     proj_drop=proj_drop_rate,
@@ -125,9 +126,12 @@ class NATIsotropic(Backbone):
         self.init_head(embed_dim, num_classes, global_pool, drop_rate)
 
     def _map_size(self, img_size: int | tuple[int, int]) -> tuple[int, ...]:
-        if min(to_2tuple(img_size)) < 1:
-            raise ValueError(f"img_size must be at least 1, got {img_size}")
-        return tuple(-(-n // self.patch_size) for n in to_2tuple(img_size))
+        sizes = to_2tuple(img_size)
+        if len(sizes) != 2:
+            raise ValueError(f"img_size must be one integer or (height, width), got {img_size!r}")
+        for size in sizes:
+            check_number("img_size", size, 1, whole=True)
+        return tuple(-(-n // self.patch_size) for n in sizes)
 
     def set_input_size(self, img_size: int | tuple[int, int]) -> None:
         """Lets full attention cover the map of another image size; its biases are resized bicubically.
@@ -135,9 +139,10 @@ class NATIsotropic(Backbone):
         Args:
             img_size: one size or (height, width).
         """
+        map_size = self._map_size(img_size)
         for module in self.modules():
             if isinstance(module, MapAttention):
-                module.set_kernel_size(self._map_size(img_size))
+                module.set_kernel_size(map_size)
         update_model_input_size(self, img_size)
 
 

@@ -27,7 +27,7 @@ from torch import Tensor, nn
 
 from nat_models.attention import LayerAttention, capture_attention
 from nat_models.checkpoints import infer_sizes, read_file, rename, unwrap
-from nat_models.convert import add_model_kwargs_option
+from nat_models.convert import add_model_kwargs_option, check_model_kwargs
 from nat_models.data import UndecodableImageError
 from nat_models.data.datasets import DECODE_ERRORS
 from nat_models.data.device_transforms import DeviceTransform
@@ -165,11 +165,15 @@ def load_model(name: str, checkpoint: str | Path | None = None, **model_kwargs: 
 
     Raises:
         FileNotFoundError: no such checkpoint.
-        ValueError: there is no such model, or the weights do not fit it.
+        ValueError: there is no such model, the weights do not fit it or are for other classes, or a name with a
+            source has a `checkpoint`.
     """
     check_model_name(name, "model")
+    check_model_kwargs(model_kwargs)
     weights: dict[str, Any] = {}
     if checkpoint is not None:
+        if ":" in name:
+            raise ValueError(f"--checkpoint is for registered models, {name!r} has weights of its own")
         content = read_file(checkpoint)
         if "hyper_parameters" in content:
             raise ValueError(f"{str(checkpoint)!r} was written by train.py: give it, or its run folder, as the model")
@@ -180,6 +184,11 @@ def load_model(name: str, checkpoint: str | Path | None = None, **model_kwargs: 
         model = timm.create_model(name, pretrained=True, **weights | model_kwargs)
     except TypeError as error:
         raise ValueError(f"model_kwargs={model_kwargs} do not fit {name}: {error}") from error
+    cfg: dict[str, Any] = model.pretrained_cfg  # type: ignore[assignment]
+    if model.num_classes not in (0, cfg["num_classes"]):
+        raise ValueError(
+            f"the weights are for {cfg['num_classes']} classes: num_classes={model.num_classes} has no head"
+        )
     num_frames = getattr(model, "num_frames", None)  # of video models, which the recipes train with stride 2
     views = None if num_frames is None else Views(Sampling(num_frames, stride=2), clips=4, crops=3)
     return Predictor(model, _class_names(model), resolve_input_data_config(model), views)

@@ -18,11 +18,11 @@ from torch import nn
 
 
 class Server(ThreadingHTTPServer):
-    """Serves `files`, name -> (announced length, body), and counts requests."""
+    """Serves `files`, name -> (announced length, None for chunks, and body), and counts requests."""
 
     def __init__(self) -> None:
         super().__init__(("127.0.0.1", 0), Handler)
-        self.files: dict[str, tuple[int, bytes]] = {}
+        self.files: dict[str, tuple[int | None, bytes]] = {}
         self.requests: list[str] = []
 
     def url(self, name: str) -> str:
@@ -30,6 +30,7 @@ class Server(ThreadingHTTPServer):
 
 
 class Handler(BaseHTTPRequestHandler):
+    protocol_version = "HTTP/1.1"  # has chunks
     server: Server
 
     def do_GET(self) -> None:
@@ -39,9 +40,11 @@ class Handler(BaseHTTPRequestHandler):
             return self.send_error(404)
         length, body = self.server.files[name]
         self.send_response(200)
-        self.send_header("Content-Length", str(length))
+        header, value = ("Content-Length", length) if length is not None else ("Transfer-Encoding", "chunked")
+        self.send_header(header, str(value))
         self.end_headers()
         self.wfile.write(body)
+        self.close_connection = True
 
     def log_message(self, *arguments: Any) -> None:
         """Keeps the test's output clean."""
@@ -112,6 +115,14 @@ def test_a_truncated_download_of_the_older_format(server: Server, cache: dict[st
     torch.save(golden("nat")[1], buffer, _use_new_zipfile_serialization=False)
     server.files["nat_mini.pth"] = (len(buffer.getvalue()), buffer.getvalue()[:600])
     with pytest.raises(ValueError, match=f"cannot load weights from {server.url('nat_mini.pth')}: it is damaged"):
+        load(server.url("nat_mini.pth"), **cache)
+    assert cached(tmp_path) == []
+
+
+def test_a_connection_that_breaks(server: Server, body: bytes, cache: dict[str, Any], tmp_path: Path) -> None:
+    """Within a chunk, where the reader knows that more was to come."""
+    server.files["nat_mini.pth"] = (None, b"%x\r\n" % len(body) + body[: len(body) // 2])
+    with pytest.raises(ValueError, match=f"cannot load weights from {server.url('nat_mini.pth')}: IncompleteRead"):
         load(server.url("nat_mini.pth"), **cache)
     assert cached(tmp_path) == []
 

@@ -88,12 +88,14 @@ def test_padding_reaches_the_projection() -> None:
     ("arguments", "message"),
     [
         (dict(num_heads=3), "num_heads must divide the 8 channels, got 3"),
-        (dict(num_heads=0), "num_heads must divide the 8 channels, got 0"),
-        (dict(kernel_size=(3, 3, 3)), r"kernel_size must be one value or one per axis \(2\), got \(3, 3, 3\)"),
+        (dict(num_heads=0), "num_heads must be an integer, at least 1, got 0"),
+        (dict(kernel_size=(3, 3, 3)), r"kernel_size must be one integer or one per axis \(2\), got \(3, 3, 3\)"),
+        (dict(kernel_size=7.0), r"kernel_size must be one integer or one per axis \(2\), got 7.0"),
+        (dict(dilation=(1, 2.0)), r"dilation must be one integer or one per axis \(2\), got \(1, 2.0\)"),
         (dict(kernel_size=(3, 0)), r"kernel_size must be at least 1, got \(3, 0\)"),
         (dict(dilation=0), "dilation must be at least 1, got 0"),
         (dict(stride=4), "stride must be between 1 and kernel_size 3, got 4"),
-        (dict(is_causal=(True,)), "is_causal must be one value or one per axis"),
+        (dict(is_causal=(True,)), "is_causal must be one bool or one per axis"),
     ],
 )
 def test_wrong_arguments_are_named(arguments: dict[str, Any], message: str) -> None:

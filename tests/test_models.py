@@ -11,7 +11,7 @@ from golden_models import MODELS, ZOO, golden, load, relative_error, save
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from timm.layers import DropPath, get_channel_dim, get_spatial_dim
-from timm.models import FeatureInfo, get_notrace_functions, get_notrace_modules, group_parameters
+from timm.models import FeatureGraphNet, FeatureInfo, get_notrace_functions, get_notrace_modules, group_parameters
 from timm.optim import create_optimizer_v2, param_groups_layer_decay
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -436,9 +436,10 @@ def test_fx_training(name: str) -> None:
     assert all(parameter.grad is not None for parameter in traced.parameters())
 
 
-def test_features_of_a_traced_graph_are_refused() -> None:
-    with pytest.raises(ValueError, match="feature_cls must be 'list', 'dict', 'hook' or 'getter', got 'fx'"):
-        small("nat_mini", features_only=True, feature_cls="fx")
+@pytest.mark.parametrize("feature_cls", ["fx", "FX", FeatureGraphNet])
+def test_features_of_a_traced_graph_are_refused(feature_cls: Any) -> None:
+    with pytest.raises(ValueError, match=f"feature_cls must be 'list', .* or 'getter', got {feature_cls!r}"):
+        small("nat_mini", features_only=True, feature_cls=feature_cls)
 
 
 @pytest.mark.parametrize("name", SMALL)
@@ -564,7 +565,10 @@ def test_drop_rates_act_in_training_only() -> None:
         (dict(num_heads=(1, 2)), "num_heads must hold one entry for each of the 4 stages of depths, got"),
         (dict(num_heads=(1, 2, 3, 5)), "num_heads must divide the 64 channels, got 3"),
         (dict(kernel_size=(7, 7)), "kernel_size must hold one entry for each of the 4 stages"),
+        (dict(num_heads=(1, 2, 2.0, 4)), "num_heads must be an integer, at least 1, got 2.0"),
+        (dict(mlp_ratio=0), "mlp_ratio must be a number, above 0, got 0"),
         (dict(kernel_size=0), "kernel_size must be at least 1, got 0"),
+        (dict(kernel_size=7.0), r"kernel_size must be one integer or one per axis \(2\), got 7.0"),
         (dict(dilations=[1, 2]), "dilations must hold one entry for each of the 4 stages"),
         (dict(dilations=[1, 2, [], 1]), "dilations must hold at least one dilation per stage"),
         (dict(dilations=[1, 2, 0, 1]), "dilation must be at least 1, got 0"),
@@ -585,8 +589,13 @@ def test_wrong_arguments_are_named(arguments: dict[str, Any], message: str) -> N
 def test_wrong_arguments_of_isotropic_models_are_named() -> None:
     with pytest.raises(ValueError, match="depth must be an integer, at least 1, got 0"):
         small("nat_isotropic_small", depth=0)
-    with pytest.raises(ValueError, match="img_size must be at least 1, got 0"):
-        small("vitrpb_small", img_size=0)
+    for name in ("nat_isotropic_small", "vitrpb_small"):
+        with pytest.raises(ValueError, match="img_size must be an integer, at least 1, got 0"):
+            small(name, img_size=0)
+        with pytest.raises(ValueError, match=r"img_size must be one integer or \(height, width\), got \(1, 2, 3\)"):
+            small(name, img_size=(1, 2, 3))
+        with pytest.raises(ValueError, match="img_size must be an integer, at least 1, got 224.5"):
+            small(name).set_input_size(224.5)
 
 
 def test_pooling() -> None:

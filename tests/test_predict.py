@@ -182,6 +182,15 @@ def test_one_picture_for_each_image() -> None:
         (["nat_mini", "{image}", "--checkpoint", "{weights}"], "do not fit this NAT; missing keys"),
         (["nat_mini", "{image}", "--checkpoint", "{best}"], "was written by train.py: give it, or its run folder"),
         (["nat_mini", "{image}", "--checkpoint", "{weights}", "--model-kwargs", "width=3"], "do not fit nat_mini"),
+        (
+            ["nat_mini", "{image}", "--model-kwargs", "features_only=True"],
+            "arguments of the model itself, got features_",
+        ),
+        (
+            ["dinat_mini", "{image}", "--checkpoint", "{weights}", *TINY_ARGUMENTS, "num_classes=3"],
+            "the weights are for 1000 classes: num_classes=3 has no head",
+        ),
+        (["local-dir:{exported}", "{image}", "--checkpoint", "{weights}"], "'local-dir:{exported}' has weights of its"),
         (["{empty}", "{image}"], "there is no checkpoint"),
         (["{image}", "{image}"], "is not a checkpoint of train.py"),
         (["{run}", "{image}", "--checkpoint", "{weights}"], "are for registered models"),
