@@ -199,6 +199,36 @@ def test_local_attention_script(tmp_path: Path) -> None:
     assert out.with_suffix(".png").read_bytes().startswith(b"\x89PNG")
 
 
+def test_scores_that_the_ways_of_local_attention_execute() -> None:
+    """The table in docs/kernel-budget.md, but for FlexAttention's column."""
+    pytest.importorskip("triton")
+    from local_attention import PROBLEMS
+
+    from fused_na.triton.tiles import Workload, as_three_axes, choose_tiles, executed_scores
+
+    def executed(axes: tuple[Axis, ...], head_dim: int) -> int:
+        query, key, *_ = choose_tiles("forward", Workload(axes, head_dim, head_dim, 2))
+        return executed_scores(as_three_axes(axes), query, key, over_keys=True)
+
+    document = (BENCHMARKS.parent / "docs" / "kernel-budget.md").read_text()
+    for name, problem in PROBLEMS.items():
+        row = Axis(problem.tokens, problem.pairs // problem.tokens)
+        masked, ours, in_a_row = (
+            scores / problem.pairs
+            for scores in (
+                problem.tokens**2,
+                executed(problem.axes, problem.head_dim),
+                executed((row,), problem.head_dim),
+            )
+        )
+        cells = next(line for line in document.splitlines() if line.startswith(f"| {name.partition(': ')[2]} |")).split(
+            "|"
+        )
+        assert [cells[2].strip(), *(cell.strip() for cell in cells[4:6])] == [
+            f"{masked:.0f}", f"{ours:.1f}", f"{in_a_row:.1f}"
+        ]  # fmt: skip
+
+
 def test_the_fitted_line() -> None:
     from scaling import fit_line
 
