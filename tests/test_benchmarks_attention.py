@@ -155,6 +155,17 @@ def test_what_is_wrong_or_fails_is_not_timed() -> None:
             assert result["status"] == status and "ms" not in result
 
 
+def test_inputs_that_do_not_fit_fail_like_the_rest(monkeypatch: pytest.MonkeyPatch) -> None:
+    """On a small GPU the other cases of a suite are still timed."""
+
+    def inputs(*_) -> None:
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    monkeypatch.setattr(Problem, "inputs", inputs)
+    results = measure(PROBLEM, fused_na, ("fwd",), torch.float32, CPU)
+    assert results == {"fwd": {"status": "failed: OutOfMemoryError: CUDA out of memory"}}
+
+
 def run(script: str, *arguments: str) -> str:
     command = [sys.executable, str(BENCHMARKS / script), "--device", "cpu", "--quick", *arguments]
     result = subprocess.run(command, capture_output=True, text=True)
