@@ -42,8 +42,8 @@ def measure(
         call on the host) and `max_error` (of all tensors checked). Backward is forward and backward less forward.
     """
     sets = ceil(CACHE / problem.bytes(False, dtype.itemsize)) if device.type == "cuda" else 1
-    rounds = [problem.inputs(dtype, device, has_rpb, seed) for seed in range(sets)]
     try:
+        rounds = [problem.inputs(dtype, device, has_rpb, seed) for seed in range(sets)]
         attend, solved = provider(problem, dtype, device, has_rpb)
         found = errors(solved, attend, rounds[0], "bwd" in passes)
         error = max(found.values())

@@ -255,15 +255,24 @@ def test_packed_tensors(changes: dict) -> None:
     torch.testing.assert_close(*results)
 
 
-def test_additional_tokens_past_32_bit_offsets(tmp_path: Path) -> None:
-    """Three tokens more than 2^30 elements apart, in files with a hole in place of what lies between them."""
-    problem = replace(FEW, additional=3, has_rpb=False)
+@pytest.mark.parametrize("far", ["heads", "additional tokens", "additional heads"])
+def test_past_32_bit_offsets(far: str, tmp_path: Path) -> None:
+    """Three of them more than 2^30 elements apart, in files with holes in place of what lies between them."""
+    is_additional = far.startswith("additional")
+    problem = replace(FEW, heads=3, heads_kv=3, has_rpb=not is_additional, additional=3 if is_additional else None)
     inputs = problem.inputs(torch.float16)
-    for name in ("additional_keys", "additional_values"):
-        step = (1 << 30) + 8
-        file = torch.from_file(str(tmp_path / name), shared=True, size=2 * step + 8, dtype=torch.float16)
-        inputs[name] = file.as_strided((1, 3, 1, 8), (0, step, 8, 1)).copy_(inputs[name])
     expected = attend_with_gradients(problem, {name: x.double() for name, x in inputs.items()}, "reference")
+    step = (1 << 30) + 512
+
+    def spread(name: str) -> Tensor:
+        x = inputs[name]
+        strides = list(x.stride())
+        strides[1 if far == "additional tokens" else -2] = step
+        file = torch.from_file(str(tmp_path / name), shared=True, size=3 * step, dtype=x.dtype)
+        return file.as_strided(x.shape, strides).copy_(x)
+
+    names = ("additional_keys", "additional_values") if is_additional else ("query", "key", "value")
+    inputs |= {name: spread(name) for name in names}
     assert_close(attend_with_gradients(problem, inputs, "triton"), expected, tolerance=3e-3)
 
 

@@ -155,6 +155,17 @@ def test_what_is_wrong_or_fails_is_not_timed() -> None:
             assert result["status"] == status and "ms" not in result
 
 
+def test_inputs_that_do_not_fit_fail_like_the_rest(monkeypatch: pytest.MonkeyPatch) -> None:
+    """On a small GPU the other cases of a suite are still timed."""
+
+    def inputs(*_) -> None:
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    monkeypatch.setattr(Problem, "inputs", inputs)
+    results = measure(PROBLEM, fused_na, ("fwd",), torch.float32, CPU)
+    assert results == {"fwd": {"status": "failed: OutOfMemoryError: CUDA out of memory"}}
+
+
 def run(script: str, *arguments: str) -> str:
     command = [sys.executable, str(BENCHMARKS / script), "--device", "cpu", "--quick", *arguments]
     result = subprocess.run(command, capture_output=True, text=True)
@@ -197,6 +208,36 @@ def test_local_attention_script(tmp_path: Path) -> None:
     rows = read(out)
     assert len(rows) == 2 * 3 * 2 and {row["status"] for row in rows} == {"ok"}
     assert out.with_suffix(".png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_scores_that_the_ways_of_local_attention_execute() -> None:
+    """The table in docs/kernel-budget.md, but for FlexAttention's column."""
+    pytest.importorskip("triton")
+    from local_attention import PROBLEMS
+
+    from fused_na.triton.tiles import Workload, as_three_axes, choose_tiles, executed_scores
+
+    def executed(axes: tuple[Axis, ...], head_dim: int) -> int:
+        query, key, *_ = choose_tiles("forward", Workload(axes, head_dim, head_dim, 2))
+        return executed_scores(as_three_axes(axes), query, key, over_keys=True)
+
+    document = (BENCHMARKS.parent / "docs" / "kernel-budget.md").read_text()
+    for name, problem in PROBLEMS.items():
+        row = Axis(problem.tokens, problem.pairs // problem.tokens)
+        masked, ours, in_a_row = (
+            scores / problem.pairs
+            for scores in (
+                problem.tokens**2,
+                executed(problem.axes, problem.head_dim),
+                executed((row,), problem.head_dim),
+            )
+        )
+        cells = next(line for line in document.splitlines() if line.startswith(f"| {name.partition(': ')[2]} |")).split(
+            "|"
+        )
+        assert [cells[2].strip(), *(cell.strip() for cell in cells[4:6])] == [
+            f"{masked:.0f}", f"{ours:.1f}", f"{in_a_row:.1f}"
+        ]  # fmt: skip
 
 
 def test_the_fitted_line() -> None:

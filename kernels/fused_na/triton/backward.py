@@ -18,6 +18,7 @@ from fused_na.triton.neighborhood import (
     copy_origin,
     dilated,
     divided,
+    head_of,
     inverse_windows,
     is_unshifted,
     load_biases,
@@ -112,9 +113,9 @@ def query_kernel(
         grad_o = load_tile(grad_output, origin, begin, head, QUERIES, HEAD_DIM_V)
         o = load_tile(output, origin, begin, head, QUERIES, HEAD_DIM_V)
     else:
-        query_base = query + batch * query_strides[0] + head * query_strides[4]
+        query_base = head_of(query, batch, head, query_strides[0], query_strides[4], WIDE)
         q = load_rows(query_base, offset(token, query_strides[1:4], WIDE), is_query, HEAD_DIM, BLOCK_D)
-        grad_base = grad_output + batch * grad_output_strides[0] + head * grad_output_strides[4]
+        grad_base = head_of(grad_output, batch, head, grad_output_strides[0], grad_output_strides[4], WIDE)
         grad_o = load_rows(grad_base, offset(token, grad_output_strides[1:4], WIDE), is_query, HEAD_DIM_V, BLOCK_DV)
         output_base = output + (batch * tokens * heads + head) * HEAD_DIM_V
         o = load_rows(output_base, row * heads * HEAD_DIM_V, is_query, HEAD_DIM_V, BLOCK_DV)
@@ -133,8 +134,8 @@ def query_kernel(
 
     key_inner = unravel(tl.arange(0, KEYS), KEY_TILE)
     if not TMA:
-        key_base = key + batch * key_strides[0] + head_kv * key_strides[4]
-        value_base = value + batch * value_strides[0] + head_kv * value_strides[4]
+        key_base = head_of(key, batch, head_kv, key_strides[0], key_strides[4], WIDE)
+        value_base = head_of(value, batch, head_kv, value_strides[0], value_strides[4], WIDE)
     no_group = (group[0] * 0, group[1] * 0, group[2] * 0)
     key_rows = offset(dilated(no_group, key_inner, dilations), key_strides[1:4], WIDE)
     value_rows = offset(dilated(no_group, key_inner, dilations), value_strides[1:4], WIDE)
@@ -170,8 +171,12 @@ def query_kernel(
             key_begin = next_tile(key_begin, walk, KEY_TILE, ONE_TILE)
 
     if additional_keys is not None:
-        extra_keys = additional_keys + batch * additional_keys_strides[0] + head_kv * additional_keys_strides[2]
-        extra_values = additional_values + batch * additional_values_strides[0] + head_kv * additional_values_strides[2]
+        extra_keys = head_of(
+            additional_keys, batch, head_kv, additional_keys_strides[0], additional_keys_strides[2], WIDE
+        )
+        extra_values = head_of(
+            additional_values, batch, head_kv, additional_values_strides[0], additional_values_strides[2], WIDE
+        )
         for extra_begin in tl.range(0, additional, KEYS):
             extra = extra_begin + tl.arange(0, KEYS)
             if WIDE:
@@ -252,8 +257,8 @@ def key_value_kernel(
         k = load_tile(key, origin, begin, head_kv, KEYS, HEAD_DIM)
         v = load_tile(value, origin, begin, head_kv, KEYS, HEAD_DIM_V)
     else:
-        key_base = key + batch * key_strides[0] + head_kv * key_strides[4]
-        value_base = value + batch * value_strides[0] + head_kv * value_strides[4]
+        key_base = head_of(key, batch, head_kv, key_strides[0], key_strides[4], WIDE)
+        value_base = head_of(value, batch, head_kv, value_strides[0], value_strides[4], WIDE)
         k = load_rows(key_base, offset(token, key_strides[1:4], WIDE), is_key, HEAD_DIM, BLOCK_D)
         v = load_rows(value_base, offset(token, value_strides[1:4], WIDE), is_key, HEAD_DIM_V, BLOCK_DV)
 
@@ -286,10 +291,10 @@ def key_value_kernel(
                     q = load_tile(query, origin, query_begin, head, QUERIES, HEAD_DIM)
                     grad_o = load_tile(grad_output, origin, query_begin, head, QUERIES, HEAD_DIM_V)
                 else:
-                    query_base = query + batch * query_strides[0] + head * query_strides[4]
+                    query_base = head_of(query, batch, head, query_strides[0], query_strides[4], WIDE)
                     query_base += offset(query_origin, query_strides[1:4], WIDE)
                     q = load_rows(query_base, query_rows, is_query, HEAD_DIM, BLOCK_D)
-                    grad_base = grad_output + batch * grad_output_strides[0] + head * grad_output_strides[4]
+                    grad_base = head_of(grad_output, batch, head, grad_output_strides[0], grad_output_strides[4], WIDE)
                     grad_base += offset(query_origin, grad_output_strides[1:4], WIDE)
                     grad_o = load_rows(grad_base, grad_rows, is_query, HEAD_DIM_V, BLOCK_DV)
                 row_base = (batch * heads + head) * tokens + offset(query_origin, row_strides, WIDE)
@@ -441,10 +446,10 @@ def bias_kernel(
                     v = load_tile(value, origin, key_begin, head_kv, KEYS, HEAD_DIM_V)
                     grad_o = load_tile(grad_output, origin, begin, head, QUERIES, HEAD_DIM_V)
                 else:
-                    query_base = query + batch * query_strides[0] + head * query_strides[4]
-                    key_base = key + batch * key_strides[0] + head_kv * key_strides[4]
-                    value_base = value + batch * value_strides[0] + head_kv * value_strides[4]
-                    grad_base = grad_output + batch * grad_output_strides[0] + head * grad_output_strides[4]
+                    query_base = head_of(query, batch, head, query_strides[0], query_strides[4], WIDE)
+                    key_base = head_of(key, batch, head_kv, key_strides[0], key_strides[4], WIDE)
+                    value_base = head_of(value, batch, head_kv, value_strides[0], value_strides[4], WIDE)
+                    grad_base = head_of(grad_output, batch, head, grad_output_strides[0], grad_output_strides[4], WIDE)
                     q = load_rows(query_base, query_rows, is_query, HEAD_DIM, BLOCK_D)
                     k = load_rows(key_base, key_rows, is_key, HEAD_DIM, BLOCK_D)
                     v = load_rows(value_base, value_rows, is_key, HEAD_DIM_V, BLOCK_DV)
@@ -542,8 +547,10 @@ def additional_kernel(
     batch = (pid // blocks // heads_kv % batches).to(tl.int64)
     split = pid // blocks // heads_kv // batches
 
-    keys_base = additional_keys + batch * additional_keys_strides[0] + head_kv * additional_keys_strides[2]
-    values_base = additional_values + batch * additional_values_strides[0] + head_kv * additional_values_strides[2]
+    keys_base = head_of(additional_keys, batch, head_kv, additional_keys_strides[0], additional_keys_strides[2], WIDE)
+    values_base = head_of(
+        additional_values, batch, head_kv, additional_values_strides[0], additional_values_strides[2], WIDE
+    )
     k = load_rows(keys_base, extra * additional_keys_strides[1], is_extra, HEAD_DIM, BLOCK_D)
     v = load_rows(values_base, extra * additional_values_strides[1], is_extra, HEAD_DIM_V, BLOCK_DV)
     tokens = length_t * length_h * length_w
@@ -556,9 +563,9 @@ def additional_kernel(
             index = first + tl.arange(0, QUERIES)
             is_query = index < stop
             token = (index // (length_h * length_w), index // length_w % length_h, index % length_w)
-            query_base = query + batch * query_strides[0] + head * query_strides[4]
+            query_base = head_of(query, batch, head, query_strides[0], query_strides[4], WIDE)
             q = load_rows(query_base, offset(token, query_strides[1:4], WIDE), is_query, HEAD_DIM, BLOCK_D)
-            grad_base = grad_output + batch * grad_output_strides[0] + head * grad_output_strides[4]
+            grad_base = head_of(grad_output, batch, head, grad_output_strides[0], grad_output_strides[4], WIDE)
             grad_o = load_rows(grad_base, offset(token, grad_output_strides[1:4], WIDE), is_query, HEAD_DIM_V, BLOCK_DV)
             row = (batch * heads + head) * tokens + index
             row_lse = tl.load(lse + row, mask=is_query, other=0.0) * LOG2_E

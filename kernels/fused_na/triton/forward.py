@@ -11,6 +11,7 @@ from fused_na.triton.neighborhood import (
     copy_origin,
     dilated,
     divided,
+    head_of,
     load_biases,
     load_rows,
     load_tile,
@@ -107,7 +108,7 @@ def forward_kernel(
     if OWN_TMA:
         q = load_tile(query, origin, begin, head, QUERIES, HEAD_DIM)
     else:
-        query_base = query + batch * query_strides[0] + head * query_strides[4]
+        query_base = head_of(query, batch, head, query_strides[0], query_strides[4], WIDE)
         q = load_rows(query_base, offset(token, query_strides[1:4], WIDE), is_query, HEAD_DIM, BLOCK_D)
 
     start, end = windows(member, members, KERNEL, STRIDE, CAUSAL)
@@ -117,8 +118,8 @@ def forward_kernel(
 
     key_inner = unravel(tl.arange(0, KEYS), KEY_TILE)
     if not TMA:
-        key_base = key + batch * key_strides[0] + head_kv * key_strides[4]
-        value_base = value + batch * value_strides[0] + head_kv * value_strides[4]
+        key_base = head_of(key, batch, head_kv, key_strides[0], key_strides[4], WIDE)
+        value_base = head_of(value, batch, head_kv, value_strides[0], value_strides[4], WIDE)
     no_group = (group[0] * 0, group[1] * 0, group[2] * 0)
     key_rows = offset(dilated(no_group, key_inner, dilations), key_strides[1:4], WIDE)
     value_rows = offset(dilated(no_group, key_inner, dilations), value_strides[1:4], WIDE)
@@ -158,8 +159,12 @@ def forward_kernel(
             key_begin = next_tile(key_begin, walk, KEY_TILE, ONE_TILE)
 
     if additional_keys is not None:
-        extra_keys = additional_keys + batch * additional_keys_strides[0] + head_kv * additional_keys_strides[2]
-        extra_values = additional_values + batch * additional_values_strides[0] + head_kv * additional_values_strides[2]
+        extra_keys = head_of(
+            additional_keys, batch, head_kv, additional_keys_strides[0], additional_keys_strides[2], WIDE
+        )
+        extra_values = head_of(
+            additional_values, batch, head_kv, additional_values_strides[0], additional_values_strides[2], WIDE
+        )
         for extra_begin in tl.range(0, additional, KEYS):
             extra = extra_begin + tl.arange(0, KEYS)
             if WIDE:

@@ -102,6 +102,14 @@ def offset(coordinate, strides, WIDE: tl.constexpr):
 
 
 @triton.jit
+def head_of(tensor, batch, head, batch_stride, head_stride, WIDE: tl.constexpr):
+    """Where a head of a sample starts in memory; `batch` is 64-bit."""
+    if WIDE:
+        head = tl.cast(head, tl.int64)
+    return tensor + batch * batch_stride + head * head_stride
+
+
+@triton.jit
 def dilated(group, member, dilations):
     """Coordinates of members of a dilation group."""
     return (
