@@ -10,7 +10,8 @@ from itertools import chain
 from typing import Any, ClassVar, TypeVar
 
 import torch
-from timm.layers import DropPath, Mlp, register_notrace_module, trunc_normal_
+from timm.layers import DropPath, register_notrace_module, trunc_normal_
+from timm.layers import Mlp as TimmMlp
 from timm.models import checkpoint
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -142,6 +143,25 @@ class NeighborhoodAttention3D(NeighborhoodAttention):
     """`NeighborhoodAttention` on feature volumes `[B, T, H, W, dim]`."""
 
     num_axes = 3
+
+
+@register_notrace_module
+class Mlp(TimmMlp):
+    """timm's MLP, which in training computes its activation again in backward instead of keeping it.
+
+    Backward reads the activation's input in any case; what this adds is to write the output once more, some percent of
+    a block's traffic. An `autograd.Function` would not do: torch.compile finds both activations to be one and keeps it.
+    """
+
+    def forward(self, x: Tensor) -> Tensor:
+        """`[..., in_features]` -> `[..., out_features]`."""
+        x = self.fc1(x)
+        if self.training and x.requires_grad and not self.drop1.p:  # dropout would have to be drawn again
+            return checkpoint(self._after_fc1, x, preserve_rng_state=False)
+        return self._after_fc1(x)
+
+    def _after_fc1(self, x: Tensor) -> Tensor:
+        return self.drop2(self.fc2(self.norm(self.drop1(self.act(x)))))
 
 
 class Block(nn.Module):

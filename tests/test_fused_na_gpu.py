@@ -531,29 +531,44 @@ def test_views_are_read_in_place(has_rpb: bool, dilation: int, layout: str) -> N
     assert peak <= 3 * tensor + rows + (2 * bias + (64 << 20) if has_rpb else 0)
 
 
-def packed_views(batch: int, spatial: tuple[int, ...], heads: int, heads_kv: int, head_dim: int) -> list[Tensor]:
-    shape = (batch, *spatial, heads + 2 * heads_kv, head_dim)
+def packed_views(
+    batch: int, spatial: tuple[int, ...], heads: int, heads_kv: int, head_dim: int, heads_outermost: bool
+) -> list[Tensor]:
+    shape = [batch, *spatial, head_dim]
+    shape.insert(0 if heads_outermost else -1, heads + 2 * heads_kv)
     packed = torch.empty(shape, device=DEVICE, dtype=torch.bfloat16).normal_()
+    if heads_outermost:
+        packed = packed.movedim(0, -2)
     return [x.detach().requires_grad_() for x in packed.split([heads, heads_kv, heads_kv], dim=-2)]
 
 
 @pytest.mark.parametrize(
-    ("batch", "spatial", "heads", "heads_kv", "kernel_size", "crop", "compared"),
+    ("batch", "spatial", "heads", "heads_kv", "kernel_size", "heads_outermost", "crop", "compared"),
     [
-        (1, (70_400, 10), 24, 1, (5, 3), (slice(None), slice(-32, None)), (slice(None), slice(-16, None))),
-        (360_000, (8,), 2, 2, 5, slice(-8, None), slice(-8, None)),
+        (1, (70_400, 10), 24, 1, (5, 3), False, (slice(None), slice(-32, None)), (slice(None), slice(-16, None))),
+        (360_000, (8,), 2, 2, 5, False, slice(-8, None), slice(-8, None)),
+        (1, (8_400_000,), 3, 3, 5, True, (slice(None), slice(-32, None)), (slice(None), slice(-16, None))),
     ],
-    ids=["sample", "batch"],
+    ids=["sample", "batch", "heads"],
 )
 def test_past_32_bit_offsets(
-    batch: int, spatial: tuple[int, ...], heads: int, heads_kv: int, kernel_size: int | tuple[int, ...], crop, compared
+    batch: int,
+    spatial: tuple[int, ...],
+    heads: int,
+    heads_kv: int,
+    kernel_size: int | tuple[int, ...],
+    heads_outermost: bool,
+    crop,
+    compared,
 ) -> None:
-    """The far end of large tensors against the reference on a crop: 19 GB for one sample, 13 GB for 360000.
+    """The far end of large tensors against the reference on a crop: 19 GB for one sample, 13 GB for 360000, 52 GB where
+    heads are outermost.
 
-    Input and output of the one sample, and the input of the batch, have more than 2^31 elements.
+    Input and output of the one sample, and the input of the batch, have more than 2^31 elements; the last of the
+    outermost heads starts beyond as many.
     """
-    inputs = packed_views(batch, spatial, heads, heads_kv, 128)
-    assert inputs[0].stride(0) * batch > 2**31
+    inputs = packed_views(batch, spatial, heads, heads_kv, 128, heads_outermost)
+    assert max(inputs[0].stride(0) * batch, inputs[0].stride(-2) * (heads - 1)) > 2**31
     with nan_in_new_tensors():
         output = neighborhood_attention(*inputs, kernel_size=kernel_size)
         assert isinstance(output, Tensor)

@@ -1,11 +1,13 @@
 """The building blocks against the same computation written out by hand."""
 
+from collections.abc import Callable
 from typing import Any
 
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from timm.layers import Mlp as TimmMlp
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -14,6 +16,7 @@ from nat_models.layers import (
     Block,
     ConvDownsampler,
     ConvTokenizer,
+    Mlp,
     NeighborhoodAttention,
     NeighborhoodAttention1D,
     NeighborhoodAttention2D,
@@ -122,6 +125,57 @@ def test_block_drops_a_sample_s_branches() -> None:
     kept = (block.train()(x) == x).flatten(1).all(1)
     assert 6 <= kept.sum() <= 26  # both branches of a quarter of the samples
     assert not (block.eval()(x) == x).flatten(1).all(1).any()
+
+
+def trained(mlp: nn.Module, forward: Callable[[Tensor], Tensor], x: Tensor) -> list[Tensor]:
+    """Output, and gradients of the input and all parameters."""
+    x = x.clone().requires_grad_()
+    output = forward(x)
+    return [output.detach(), *torch.autograd.grad(output.square().sum(), (x, *mlp.parameters()))]
+
+
+@pytest.mark.parametrize("compiled", [False, True], ids=["", "compiled"])
+@pytest.mark.parametrize("drop", [0.0, 0.5])
+def test_mlp_is_timm_s_bit_by_bit(drop: float, compiled: bool) -> None:
+    torch.manual_seed(0)
+    mlp, expected = Mlp(8, 24, drop=drop), TimmMlp(8, 24, drop=drop)
+    expected.load_state_dict(mlp.state_dict())
+    x = torch.randn(2, 3, 4, 8)
+    for training in (True, False):
+        results = []
+        for module in (mlp, expected):
+            module.train(training)
+            torch.manual_seed(1)
+            forward = torch.compile(module, backend="aot_eager", fullgraph=True) if compiled else module
+            results.append(trained(module, forward, x))
+        assert all(map(torch.equal, *results))
+
+
+def test_mlp_keeps_the_hidden_layer_once() -> None:
+    """In training."""
+
+    def kept(module: nn.Module) -> int:
+        tensors: dict[int, Tensor] = {}
+        with torch.autograd.graph.saved_tensors_hooks(lambda x: tensors.setdefault(x.data_ptr(), x), lambda x: x):
+            module(torch.randn(5, 8, requires_grad=True))
+        return sum(tensor.shape == (5, 24) for tensor in tensors.values())
+
+    assert (kept(Mlp(8, 24)), kept(TimmMlp(8, 24))) == (1, 2)
+
+
+@pytest.mark.parametrize("drop", [0.0, 0.5])
+def test_checkpointed_block_compiles(drop: float) -> None:
+    """A checkpoint of a block around the one of its MLP."""
+    block = Block(8, NeighborhoodAttention2D(8, 2, 3), proj_drop=drop)
+    block.grad_checkpointing = True
+    x = torch.randn(1, 4, 5, 8)
+    results = []
+    for forward in (block, torch.compile(block, backend="aot_eager", fullgraph=True)):
+        torch.manual_seed(1)
+        results.append(trained(block, forward, x))
+    if not drop:  # compiled code draws other numbers
+        for actual, expected in zip(*results, strict=True):
+            torch.testing.assert_close(actual, expected)
 
 
 def test_tokenizer_and_downsampler_in_two_axes() -> None:
