@@ -12,12 +12,14 @@ from attention_problems import problems as drawn_problems
 from hypothesis import given, settings
 from torch import Tensor
 
+from fused_na import packed_neighborhood_attention
 from fused_na.reference import axis_tables
 from fused_na.window import Axis
 
 BENCHMARKS = Path(__file__).parent.parent / "benchmarks"
 sys.path.insert(0, str(BENCHMARKS))
 
+from block import error_of, parts  # noqa: E402
 from problems import NATTEN_MS, SUITES, Problem, random_problem  # noqa: E402
 from providers import Attend, Unsupported, flex, fused_na, masked_sdpa, rule, sdpa, sequence  # noqa: E402
 from timing import errors, measure  # noqa: E402
@@ -200,6 +202,29 @@ def test_attention_script_names_what_it_does_not_know() -> None:
     command = [sys.executable, str(BENCHMARKS / "attention.py"), "--case", "img_s9"]
     result = subprocess.run(command, capture_output=True, text=True)
     assert result.returncode == 2 and "'img_s9' is none of img_s1" in result.stderr
+
+
+def test_block_script(tmp_path: Path) -> None:
+    out = tmp_path / "times.csv"
+    run("block.py", "--case", "tiny_1d,tiny_3d", "--dtype", "float32", "--out", str(out))
+    rows = read(out)
+    assert len(rows) == 2 * 2 * 2 and {row["status"] for row in rows} == {"ok"}
+    assert all(float(row["max_error"]) < 1e-5 for row in rows)
+
+
+@pytest.mark.parametrize("name", ["attention", "block"])
+def test_a_wrong_part_of_a_block_is_found(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    part, _, (shape, dtype) = parts(PROBLEM, torch.float32, CPU)[name]
+    inputs = torch.randn(shape, dtype=dtype)
+    incoming = torch.randn_like(part(inputs))
+    assert error_of(part, inputs, incoming) < 1e-5
+
+    def another_attention(qkv: Tensor, kernel_size: tuple, *rule: object) -> Tensor:
+        return packed_neighborhood_attention(qkv, kernel_size, *rule) + 0.1 * qkv.select(-3, 2)
+
+    for module in ("block", "nat_models.layers"):
+        monkeypatch.setattr(f"{module}.packed_neighborhood_attention", another_attention)
+    assert error_of(part, inputs, incoming) > 1e-2
 
 
 def test_local_attention_script(tmp_path: Path) -> None:
