@@ -72,9 +72,12 @@ def main() -> None:
     parser.add_argument("--kills", type=int, default=10)
     parser.add_argument("--seed", type=int, default=0, help="of the moments")
     parser.add_argument("--output", type=Path, help="csv file of the outcome")
+    parser.add_argument("--commit", help="recorded instead of what git says, for a copy without its history")
     parser.add_argument("overrides", nargs="*", metavar="KEY=VALUE", help="for train.py, after the script's own")
     arguments = parser.parse_args()
     overrides = ["trainer.max_epochs=10", *arguments.overrides]
+    where = environment(torch.device("cuda" if "trainer.accelerator=gpu" in overrides else "cpu"))
+    where |= {"commit": arguments.commit} if arguments.commit else {}
     moments = random.Random(arguments.seed)
     rows = []
     with tempfile.TemporaryDirectory() as folder:
@@ -92,7 +95,7 @@ def main() -> None:
             outcome = "; ".join(found) or "equal to the last bit"
             print(f"killed after {moment:5.2f} s, went on from step {step or 0:3d}: {outcome}", flush=True)
             row = {"killed_after_s": round(moment, 2), "resumed_from_step": step or 0, "differences": len(found)}
-            rows.append(row | environment(torch.device("cpu")))
+            rows.append({"settings": " ".join(arguments.overrides)} | row | where)
     if arguments.output is not None:
         write_csv(arguments.output, rows)
     sys.exit(any(row["differences"] for row in rows))
@@ -129,7 +132,7 @@ def _entries(value: Any, key: str = "") -> Iterator[tuple[str, Any]]:
 
 def _equal(left: Any, right: Any) -> bool:
     if isinstance(left, torch.Tensor) and isinstance(right, torch.Tensor):
-        return torch.equal(left, right)
+        return torch.equal(left.cpu(), right.cpu())  # a score that was read from a checkpoint stays on the CPU
     return type(left) is type(right) and left == right
 
 
