@@ -2,10 +2,12 @@
 
     python benchmarks/video_models.py [MODEL ...] [--frames 16 32] [--modes train] [--output results/video_models.csv]
 
-On a GPU under bfloat16 autocast and torch.compile. A model is one of this project's or torchvision's names; after a
-colon stands a variant of ours: `nat3d_tiny:flex` has FlexAttention in place of our kernels, checked to give the same
-before anything is timed. Streaming models are timed frame by frame: their step, and the whole model on its
-window of the last frames, which is what a model without a state has to compute.
+On a GPU under bfloat16 autocast and torch.compile, without dropout and stochastic depth; with `--cuda-graphs` the
+host's time does not count, and memory is not known. A model is one of this project's or torchvision's names; after a
+colon stands a variant of ours: `nat3d_tiny:flex` has FlexAttention in place of our kernels. Before anything is timed,
+logits (of inference) or gradients (of training) are compared with those of the model without torch.compile. Streaming
+models are timed frame by frame: their step, and the whole model on its window of the last frames, which is what a model
+without a state has to compute.
 
 Compilation takes minutes a model. Processes with a model and a mode each, outputs each and the same `--turns FILE`
 compile side by side; while one is timed, the others stand still.
@@ -107,12 +109,18 @@ def build(name: str, frames: int, size: int) -> nn.Module:
     """A model for clips of so many frames of `size` x `size`; torchvision's by torchvision's names."""
     name, _, variant = name.partition(":")
     if timm.is_model(name):
-        return timm.create_model(name, num_classes=NUM_CLASSES, num_frames=frames, **VARIANTS[variant])
+        settings = dict(num_classes=NUM_CLASSES, num_frames=frames, drop_path_rate=0.0)
+        return timm.create_model(name, **settings | VARIANTS[variant])
     if name == "mvit_v2_s":  # whose positions are for 16 x 224 x 224 unless told otherwise
         build_mvit, sizes = mvit._mvit, dict(temporal_size=frames, spatial_size=(size, size))
         with patch.object(mvit, "_mvit", lambda **arguments: build_mvit(**arguments | sizes)):
-            return mvit.mvit_v2_s(num_classes=NUM_CLASSES)
-    return torchvision.models.get_model(name, num_classes=NUM_CLASSES)
+            model = mvit.mvit_v2_s(num_classes=NUM_CLASSES)
+    else:
+        model = torchvision.models.get_model(name, num_classes=NUM_CLASSES)
+    for module in model.modules():
+        if isinstance(module, (nn.Dropout, torchvision.ops.StochasticDepth)):
+            module.p = 0.0
+    return model
 
 
 def autocast(device: torch.device) -> torch.autocast:
@@ -120,9 +128,10 @@ def autocast(device: torch.device) -> torch.autocast:
     return torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda")
 
 
-def compiled(function: Callable, device: torch.device) -> Callable:
+def compiled(function: Callable, device: torch.device, cuda_graphs: bool = False) -> Callable:
     """Compiled on a GPU, as it is on the CPU."""
-    return torch.compile(function, dynamic=False) if device.type == "cuda" else function
+    mode = "reduce-overhead" if cuda_graphs else None
+    return torch.compile(function, dynamic=False, mode=mode) if device.type == "cuda" else function
 
 
 def synchronize(device: torch.device) -> None:
@@ -161,10 +170,10 @@ def clip_rows(name: str, frames: int, options: argparse.Namespace, device: torch
     clip = torch.randn(options.batch_size, 3, frames, options.image_size, options.image_size, device=device)
     labels = torch.randint(NUM_CLASSES, (len(clip),), device=device)
     rows = []
-    model = optimizer = None
     row: dict[str, Any] = dict(model=name, frames=frames, image_size=options.image_size, batch_size=len(clip))
+    row["cuda_graphs"] = "yes" if options.cuda_graphs else "no"
     for mode in options.modes:
-        result: dict[str, Any] = dict(clips_per_s="", ms="", peak_gib="", status="ok")
+        result: dict[str, Any] = dict(clips_per_s="", ms="", peak_gib="", max_error="", status="ok")
         flex = Flex()
         is_flex = name.endswith(":flex")
         attention = partial(patch, ATTENTION, flex.attend) if is_flex else nullcontext
@@ -173,20 +182,30 @@ def clip_rows(name: str, frames: int, options: argparse.Namespace, device: torch
             row["parameters_m"] = f"{sum(p.numel() for p in model.parameters()) / 1e6:.2f}"
             if is_flex:
                 with patch(ATTENTION, flex.prepare):
-                    inference(model, None, clip, labels)
-            optimizer = torch.optim.AdamW(model.parameters(), fused=device.type == "cuda")
-            step = train_step if mode == "train" else inference
-            run = partial(step, compiled(model.train(mode == "train"), device), optimizer, clip, labels)
+                    inference(model, clip, labels)
+            model.train(mode == "train")
+            fast = compiled(model, device, options.cuda_graphs)
+            compute = gradients if mode == "train" else inference
+            expected = compute(model, clip, labels)
+            torch.cuda.empty_cache()  # which other processes may need
             with attention():
-                run()
+                actual = compute(fast, clip, labels)
+            error = ((actual - expected).norm() / expected.norm()).item()
+            result["max_error"] = f"{error:.1e}"
+            if not error < TOLERANCE:
+                raise RuntimeError(f"compiled, the results differ by {error:.1e}")
+            actual = expected = None
+            optimizer = torch.optim.AdamW(model.parameters(), fused=device.type == "cuda")
+            run = partial(train_step, fast, optimizer) if mode == "train" else partial(inference, fast)
             torch.cuda.empty_cache()
             with alone(options.turns), attention():
-                elapsed, peak = measure(run, device, options.repeats)
+                elapsed, peak = measure(partial(run, clip, labels), device, options.repeats)
             result["clips_per_s"], result["ms"] = f"{len(clip) / elapsed:.2f}", f"{1e3 * elapsed:.2f}"
-            result["peak_gib"] = peak and f"{peak:.2f}"
+            if peak and not options.cuda_graphs:
+                result["peak_gib"] = f"{peak:.2f}"
         except Exception as failure:  # out of memory, a kernel that does not compile: as many kinds
             result["status"] = f"failed: {type(failure).__name__}: {(str(failure).splitlines() or [''])[0][:200]}"
-        model = optimizer = run = None
+        model = fast = optimizer = run = actual = expected = None
         torch.compiler.reset()
         torch.cuda.empty_cache()
         rows.append(row | dict(mode=mode) | result)
@@ -194,17 +213,32 @@ def clip_rows(name: str, frames: int, options: argparse.Namespace, device: torch
     return [dict(parameters_m="") | r for r in rows]
 
 
-def inference(model: nn.Module, optimizer: torch.optim.Optimizer | None, clip: Tensor, labels: Tensor) -> None:
-    """Logits without a graph."""
+def inference(model: nn.Module, clip: Tensor, labels: Tensor) -> Tensor:
+    """Logits `[B, classes]`, float32, without a graph."""
+    torch.compiler.cudagraph_mark_step_begin()
     with torch.no_grad(), autocast(clip.device):
-        model(clip)
+        return model(clip).float()
+
+
+def backward(model: nn.Module, clip: Tensor, labels: Tensor) -> None:
+    """Leaves the gradients of the cross-entropy in the parameters."""
+    torch.compiler.cudagraph_mark_step_begin()
+    with autocast(clip.device):
+        loss = nn.functional.cross_entropy(model(clip), labels)
+    loss.backward()
+
+
+def gradients(model: nn.Module, clip: Tensor, labels: Tensor) -> Tensor:
+    """All gradients, one after the other."""
+    backward(model, clip, labels)
+    result = torch.cat([parameter.grad.flatten() for parameter in model.parameters() if parameter.grad is not None])
+    model.zero_grad()
+    return result
 
 
 def train_step(model: nn.Module, optimizer: torch.optim.Optimizer, clip: Tensor, labels: Tensor) -> None:
     """Forward, backward and the optimiser's step."""
-    with autocast(clip.device):
-        loss = nn.functional.cross_entropy(model(clip), labels)
-    loss.backward()
+    backward(model, clip, labels)
     optimizer.step()
     optimizer.zero_grad()
 
@@ -294,6 +328,7 @@ def main() -> None:
     parser.add_argument("--batch-size", type=int, default=8, help="clips (default: %(default)s)")
     parser.add_argument("--image-size", type=int, default=224, help="pixels a side (default: %(default)s)")
     parser.add_argument("--window", type=int, default=32, help="frames of a stream's window (default: %(default)s)")
+    parser.add_argument("--cuda-graphs", action="store_true", help="clips with mode='reduce-overhead', as of models.py")
     parser.add_argument("--repeats", type=int, default=20, help="of which the median counts (default: %(default)s)")
     parser.add_argument(
         "--device", default="cuda" if torch.cuda.is_available() else "cpu", help="(default: %(default)s)"

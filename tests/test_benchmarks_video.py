@@ -15,7 +15,7 @@ from torch import Tensor, nn
 BENCHMARKS = Path(__file__).parent.parent / "benchmarks"
 sys.path.insert(0, str(BENCHMARKS))
 
-from video_models import ATTENTION, Flex, build, stream_rows  # noqa: E402
+from video_models import ATTENTION, Flex, build, clip_rows, stream_rows  # noqa: E402
 
 
 @pytest.fixture
@@ -47,6 +47,18 @@ def test_another_attention_is_not_timed(model: nn.Module) -> None:
         model(torch.randn(1, 3, 6, 32, 32))
 
 
+@pytest.mark.parametrize("mode", ["inference", "train"])
+def test_a_model_that_compiles_wrongly_is_not_timed(mode: str) -> None:
+    class Doubled(nn.Sequential):
+        def forward(self, clip: Tensor) -> Tensor:
+            return 2 * super().forward(clip)
+
+    options = Namespace(batch_size=1, image_size=32, modes=[mode], cuda_graphs=False, turns=None, repeats=1)
+    with patch("video_models.compiled", lambda model, *_: Doubled(model)):
+        (row,) = clip_rows("nat3d_mini", 2, options, torch.device("cpu"))
+    assert row["status"].startswith("failed: RuntimeError: compiled, the results differ by") and not row["ms"]
+
+
 def test_mvit_takes_clips_of_any_length() -> None:
     with torch.device("meta"):
         model = build("mvit_v2_s", 32, 224).eval()
@@ -68,6 +80,7 @@ def test_script(tmp_path: Path) -> None:
     ]
     for row in rows:
         assert row["status"] == "ok" and float(row["clips_per_s"]) == pytest.approx(1e3 / float(row["ms"]), rel=0.05)
+        assert float(row["max_error"]) < 1e-5
         assert row["commit"] == "abc" and row["torch"] and row["command"].startswith("python ")
 
 
