@@ -60,7 +60,7 @@ def plot_curves(metrics_csv: Path, path: Path) -> None:
     if series["val/top1"]:
         epoch, best = max(series["val/top1"], key=lambda point: (point[1], -point[0]))
         accuracy_axes.plot(epoch, 100 * best, "o", color=VAL_COLOR)
-        accuracy_axes.set_title(f"Top-1 accuracy: best validation {100 * best:.2f} % (epoch {epoch})")
+        accuracy_axes.set_title(f"Top-1: best validation {100 * best:.2f} % (epoch {epoch})")
     figure.savefig(path, dpi=DPI)
 
 
