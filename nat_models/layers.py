@@ -10,7 +10,7 @@ from itertools import chain
 from typing import Any, ClassVar, TypeVar
 
 import torch
-from timm.layers import DropPath, register_notrace_module, trunc_normal_
+from timm.layers import DropPath, register_notrace_function, register_notrace_module, trunc_normal_
 from timm.layers import Mlp as TimmMlp
 from timm.models import checkpoint
 from torch import Tensor, nn
@@ -238,7 +238,7 @@ class ConvTokenizer(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """`[B, in_chans, *spatial]` -> `[B, *smaller spatial, embed_dim]`."""
-        return self.norm(self.proj(x).movedim(1, -1))
+        return self.norm(self.proj(channels_last(x)).movedim(1, -1))
 
 
 class ConvDownsampler(nn.Module):
@@ -257,7 +257,7 @@ class ConvDownsampler(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """`[B, *spatial, dim]` -> `[B, *smaller spatial, 2 * dim]`."""
-        return self.norm(self.reduction(x.movedim(-1, 1)).movedim(1, -1))
+        return self.norm(self.reduction(channels_last(x.movedim(-1, 1))).movedim(1, -1))
 
 
 @register_notrace_module
@@ -278,7 +278,7 @@ class TubeletConv(nn.Conv3d):
         x = input.transpose(1, 2)[:, : input.shape[2] // frames * frames]
         x = x.flatten(0, 1).unflatten(0, (-1, frames)).flatten(1, 2)  # [B * T / stride, stride * in_chans, H, W]
         weight = self.weight.transpose(1, 2).flatten(1, 2)
-        x = F.conv2d(x, weight, self.bias, self.stride[1:], self.padding[1:])
+        x = F.conv2d(channels_last(x), weight, self.bias, self.stride[1:], self.padding[1:])
         return x.unflatten(0, (batch_size, -1)).transpose(1, 2)
 
 
@@ -305,7 +305,17 @@ class PatchEmbed(nn.Module):
         padding = [-n % p for n, p in zip(x.shape[2:], self.patch_size, strict=True)]
         if any(padding):
             x = F.pad(x, list(chain.from_iterable((0, after) for after in reversed(padding))))
-        return self.norm(self.proj(x).movedim(1, -1))
+        return self.norm(self.proj(channels_last(x)).movedim(1, -1))
+
+
+@register_notrace_function
+def channels_last(x: Tensor) -> Tensor:
+    """Images `[B, C, H, W]` with channels side by side in memory, and other inputs of convolutions as they are.
+
+    A convolution's output lies as its input does, and torch.compile lets the blocks that follow have their maps lie the
+    same way, though all but the convolutions work on the channels of one token after the other.
+    """
+    return x.contiguous(memory_format=torch.channels_last) if x.ndim == 4 else x
 
 
 def convolution(

@@ -201,6 +201,16 @@ def test_tokenizer_and_downsampler_in_three_axes() -> None:
     assert downsampler(tokens).shape == (2, 4, 4, 6, 16)
 
 
+@pytest.mark.parametrize("tokenizer", [ConvTokenizer(3, 8), PatchEmbed(3, 8)], ids=["overlapping", "patches"])
+def test_convolutions_keep_channels_side_by_side(tokenizer: nn.Module) -> None:
+    """From an image as it comes on: nothing turns the map around later."""
+    convolved: list[Tensor] = []
+    hook = tokenizer.proj.register_forward_hook(lambda *results: convolved.append(results[-1]))
+    tokenizer(torch.randn(2, 3, 32, 48))
+    hook.remove()
+    assert convolved[0].is_contiguous(memory_format=torch.channels_last) and not convolved[0].is_contiguous()
+
+
 def test_patch_embed_pads_to_whole_patches() -> None:
     embed = PatchEmbed(3, 8, patch_size=(4, 4))
     images = torch.randn(2, 3, 10, 15)
