@@ -28,6 +28,7 @@ from training import Repeated, SteadySteps, module_for, trainer_for
 import nat_models  # noqa: F401  registers the models with timm
 from nat_models.data import ImageDataModule
 from nat_models.data.device_transforms import DeviceTransform
+from nat_models.engine.classification import COMPILE_MODES
 
 SKIPPED = 20  # steps, at the start of each measurement
 CLASSES = 400
@@ -62,7 +63,7 @@ def measure_speed(job: dict[str, Any]) -> dict[str, Any]:
     steps = SKIPPED + job["steps"]
     data = BatchesAtHand(job["batch_size"], tuple(job["shape"]), steps)
     kwargs = {"num_frames": job["shape"][1]} if len(job["shape"]) == 4 else {}
-    module = module_for(job["model"], CLASSES, compile=cuda, model_kwargs=kwargs)
+    module = module_for(job["model"], CLASSES, compile=cuda and job["compile"], model_kwargs=kwargs)
     times = SteadySteps(SKIPPED)
     settings = {"accelerator": job["device"], "devices": job["processes"], "use_distributed_sampler": False}
     settings |= {"strategy": "ddp"} if job["processes"] > 1 else {}
@@ -120,6 +121,12 @@ def main() -> int:
     parser.add_argument("--models", nargs="*", default=list(MODELS), help="without one, only the losses")
     parser.add_argument("--batch-sizes", nargs="+", type=int, help="per device, for each model")
     parser.add_argument("--steps", type=int, default=100, help="measured of each training (default: %(default)s)")
+    parser.add_argument(
+        "--compile",
+        choices=COMPILE_MODES,
+        default="default",
+        help="mode of torch.compile on GPUs (default: %(default)s)",
+    )
     parser.add_argument("--commit", help="commit to record, where git cannot tell")
     parser.add_argument("--no-losses", action="store_true", help="only the speed")
     parser.add_argument("--output", type=Path, default=ROOT / "results" / "distributed.csv", help="CSV to write")
@@ -152,7 +159,7 @@ def main() -> int:
         batch_size, shape = MODELS.get(model, (16, (3, 160, 160)))
         batch_size = options.batch_sizes[position] if options.batch_sizes else batch_size
         job = {"what": "speed", "model": model, "batch_size": batch_size, "shape": shape, "steps": options.steps}
-        job |= {"device": options.device}
+        job |= {"device": options.device, "compile": options.compile}
         of_one = 0.0
         for processes in (1, options.processes):
             found = run(job | {"processes": processes})

@@ -44,6 +44,7 @@ from training import Repeated, SteadySteps, module_for, trainer_for
 
 import nat_models  # noqa: F401  registers the models with timm
 from nat_models.data import ImageDataModule
+from nat_models.engine.classification import COMPILE_MODES
 from nat_models.shards import main as write_shards
 
 SIZE = (500, 375)  # width and height
@@ -164,7 +165,7 @@ def train(data: ImageDataModule, options: argparse.Namespace, profiled: Profile 
     """Images per second, step and wait of steady training steps."""
     times = SteadySteps(SKIPPED)
     cuda = options.device == "cuda"
-    module = module_for(options.model, CLASSES, compile=cuda)
+    module = module_for(options.model, CLASSES, compile=cuda and options.compile)
     steps = SKIPPED + options.steps
     callbacks = [profiled] if profiled else []
     precision = "bf16-mixed" if cuda else "32-true"
@@ -186,6 +187,12 @@ def main() -> int:
         "--links", type=int, default=6, help="times that each file is in the set (default: %(default)s)"
     )
     parser.add_argument("--steps", type=int, default=100, help="measured of each training (default: %(default)s)")
+    parser.add_argument(
+        "--compile",
+        choices=COMPILE_MODES,
+        default="default",
+        help="mode of torch.compile on a GPU (default: %(default)s)",
+    )
     parser.add_argument("--loader-only", action="store_true", help="train nothing")
     parser.add_argument("--commit", help="commit to record, where git cannot tell")
     parser.add_argument("--output", type=Path, default=ROOT / "results" / "input.csv", help="CSV to write")

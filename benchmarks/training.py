@@ -46,7 +46,7 @@ class Repeated:
         return iter([self.batch] * self.length)
 
 
-def module_for(model: str, num_classes: int, compile: bool, **settings: Any) -> ClassificationModule:
+def module_for(model: str, num_classes: int, compile: bool | str, **settings: Any) -> ClassificationModule:
     """A classifier with the ImageNet recipes' optimiser."""
     optimizer = {"opt": "adamw", "lr": 1e-4, "weight_decay": 0.05}
     schedule = {"sched": "constant"}
