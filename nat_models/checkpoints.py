@@ -259,7 +259,7 @@ def adapt_state_dict(state_dict: Mapping[str, Any], model: nn.Module) -> tuple[d
     """`checkpoint_filter_fn` with a report. The head is listed as re-initialised where timm will leave it random.
 
     Weights must fit altogether, or, within `least_share`, by that share. Warns where an image model's attention had
-    other neighborhoods than the video model, the whole map (ViT-RPB) for example.
+    other neighborhoods than the video model, the whole map (ViT-RPB) for example, or the latter has no use for biases.
 
     Raises:
         ValueError: the weights do not fit; the message names the keys.
@@ -281,6 +281,7 @@ def adapt_state_dict(state_dict: Mapping[str, Any], model: nn.Module) -> tuple[d
         report.reinitialised = [key for key in replaced if key in expected]
         report.ignored += [key for key in replaced if key in weights and key not in expected]
     new: list[str] = []
+    left_out: list[str] = []
     if is_of_images(weights, expected):
         weights, report.inflated, left_out = inflate(weights, expected)
         report.ignored += left_out
@@ -326,12 +327,13 @@ def adapt_state_dict(state_dict: Mapping[str, Any], model: nn.Module) -> tuple[d
         report.ignored += unexpected
         weights = {key: value for key, value in weights.items() if key not in unexpected}
     resized = [key for key in report.resized if key.endswith("rpb")]
-    if report.inflated and resized:
-        warnings.warn(
-            f"this {type(model).__name__} will not answer as the image model whose weights it has, even on a clip that "
-            f"stands still: biases of attention were resized to other neighborhoods ({_listing(resized, 2)})",
-            stacklevel=2,
-        )
+    for keys, change in ((resized, "resized to other neighborhoods"), (left_out, "left out for rotary embeddings")):
+        if report.inflated and keys:
+            warnings.warn(
+                f"this {type(model).__name__} will not answer as the image model whose weights it has, even on a clip "
+                f"that stands still: biases of attention were {change} ({_listing(keys, 2)})",
+                stacklevel=2,
+            )
     return weights | {key: expected[key] for key in new}, report
 
 
