@@ -13,6 +13,7 @@ import numpy as np
 from matplotlib import get_data_path
 from PIL import Image, ImageDraw, ImageFont
 
+from nat_models.data.video.annotations import VIDEO_EXTENSIONS
 from nat_models.data.video.decoding import VideoError, check_decoder, missing_seconds
 
 FONT = f"{get_data_path()}/fonts/ttf/DejaVuSans.ttf"  # with more letters than Pillow's own
@@ -102,9 +103,11 @@ def copy_paths(target: str | Path, sources: Sequence[str | Path]) -> list[Path]:
     """Where each video's copy goes: `target` itself if it ends in `.mp4`, else `target/NAME_annotated.mp4`.
 
     Raises:
-        ValueError: two videos would share a copy, or a copy would overwrite a video.
+        ValueError: two videos would share a copy, a copy would overwrite a video, or `target` is another file.
     """
     target = Path(target)
+    if target.suffix != ".mp4" and (target.suffix.lower() in VIDEO_EXTENSIONS or target.is_file()):
+        raise ValueError(f"--annotate must be a folder or a file ending in .mp4, got {str(target)!r}")
     paths = [target if target.suffix == ".mp4" else target / f"{Path(s).stem}_annotated.mp4" for s in sources]
     shared = next((path for path in paths if paths.count(path) > 1), None)
     if shared is not None:
@@ -121,7 +124,7 @@ class AnnotatedCopy:
 
     Sides are those of the upright frames, small ones enlarged; an odd one gains a row or column, which repeats the
     last, since H.264 in the common pixel format (4:2:0) has even sides. Use it as a context: an error removes the
-    unfinished file.
+    unfinished file. What is there already stays until the first frame is written.
 
     Args:
         path: file to write, which ends in `.mp4`; its folder is created if missing.
@@ -153,12 +156,19 @@ class AnnotatedCopy:
         self._container.mux(self._stream.encode(encoded))
 
     def _open_stream(self, image: np.ndarray, frame: Frame) -> None:
+        import av
+
         height, width, _ = image.shape
         # Frames have times of their own; only the last one's duration follows from the rate.
-        self._stream = self._container.add_stream("libx264", rate=frame.rate, options={"crf": "18"})
-        self._stream.height, self._stream.width = height + height % 2, width + width % 2
-        self._stream.pix_fmt = "yuv420p"
-        self._stream.codec_context.time_base = frame.time_base
+        stream: Any = self._container.add_stream("libx264", rate=frame.rate, options={"crf": "18"})
+        stream.height, stream.width = height + height % 2, width + width % 2
+        stream.pix_fmt = "yuv420p"
+        stream.codec_context.time_base = frame.time_base
+        try:
+            self._container.start_encoding()  # opens the file now, not at the encoder's first output
+        except av.error.FFmpegError as error:
+            raise OSError(f"cannot write {str(self.path)!r}: {error.strerror}") from error
+        self._stream = stream
 
     def __enter__(self) -> "AnnotatedCopy":
         return self
@@ -166,11 +176,17 @@ class AnnotatedCopy:
     def __exit__(
         self, error_type: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
     ) -> None:
-        if self._stream is not None:
-            self._container.mux(self._stream.encode())
-        self._container.close()
-        if error_type is not None and not issubclass(error_type, KeyboardInterrupt):  # how a live stream ends
-            self.path.unlink(missing_ok=True)
+        is_whole = error_type is None or issubclass(error_type, KeyboardInterrupt)  # how a live stream ends
+        try:
+            if is_whole and self._stream is not None:
+                self._container.mux(self._stream.encode())
+            self._container.close()
+        except BaseException:
+            is_whole = False
+            raise
+        finally:
+            if not is_whole and self._stream is not None:
+                self.path.unlink(missing_ok=True)
 
 
 def draw_prediction(image: Image.Image, prediction: Prediction) -> Image.Image:
