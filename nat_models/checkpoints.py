@@ -162,7 +162,7 @@ def load_image_weights(model: nn.Module, file: str | Path) -> "LoadReport":
     `timm.create_model(name, pretrained=True, pretrained_cfg_overlay=dict(file=FILE))` does the same while building.
 
     Args:
-        model: a video model of this project.
+        model: a video model of this project, from `timm.create_model` without `features_only`.
         file: weights of its image model, in any form that `checkpoint_filter_fn` understands.
 
     Returns:
@@ -170,8 +170,13 @@ def load_image_weights(model: nn.Module, file: str | Path) -> "LoadReport":
 
     Raises:
         FileNotFoundError: no such file.
-        ValueError: the weights cannot be read or do not fit.
+        ValueError: the weights cannot be read or do not fit, or timm did not build the model, or for features only.
     """
+    if "classifier" not in getattr(model, "pretrained_cfg", {}):
+        raise ValueError(
+            f"model must be one of timm.create_model, without features_only, got a {type(model).__name__}; with "
+            "features_only give create_model the file: pretrained=True, pretrained_cfg_overlay=dict(file=FILE)"
+        )
     model.pretrained_cfg = {**model.pretrained_cfg, "file": str(file)}  # type: ignore[dict-item,assignment]
     weights, report = adapt_state_dict(read_file(file), model)
     kept = {key: value for key, value in weights.items() if key not in report.reinitialised}

@@ -23,6 +23,7 @@ from nat_models.checkpoints import load_image_weights
 from nat_models.clip_layers import ClipAttention, rotary_angles, rotate
 from nat_models.complexity import multiply_adds
 from nat_models.layers import Block, TubeletConv
+from nat_models.nat3d import NAT3D
 
 TARGETS = {  # clip, millions of parameters with 400 classes, 10^9 multiply-adds of a view at 224 x 224
     "nat3d_mini": (32, 19.6, 58),
@@ -435,6 +436,10 @@ def test_inflation_into_a_model_already_built(tmp_path: Path) -> None:
     before = other.head.weight.clone()
     assert "head.weight" in load_image_weights(other, path).reinitialised
     assert torch.equal(other.head.weight, before)
+    with pytest.raises(ValueError, match="create_model, without features_only, got a FeatureListNet"):
+        load_image_weights(small("nat3d_tiny", features_only=True), path)
+    with pytest.raises(ValueError, match="create_model, without features_only, got a NAT3D"):
+        load_image_weights(NAT3D(depths=(1,), num_heads=(1,)), path)
     with pytest.raises(ValueError, match="do not fit this NAT3D; missing keys"):
         load_image_weights(small("nat3d_tiny"), save(golden("nat_isotropic")[1], tmp_path / "isotropic.pth"))
 
