@@ -315,6 +315,7 @@ def test_divided_attention_names_arguments_as_given(arguments: dict[str, Any], m
         (dict(kernel_size="7"), "kernel_size must be an integer, or three, for time, .* got '7'"),
         (dict(embed_dim=0), "embed_dim must be an integer, at least 1, got 0"),
         (dict(depth=1.5), "depth must be an integer, at least 1, got 1.5"),
+        (dict(drop_path_rate=2), "drop_path_rate must be a number, at least 0 and at most 1, got 2"),
         (dict(num_frames=2.5), "num_frames must be an integer, at least 1, got 2.5"),
     ],
 )
