@@ -14,7 +14,7 @@ from matplotlib import get_data_path
 from PIL import Image, ImageDraw, ImageFont
 
 from nat_models.data.video.annotations import VIDEO_EXTENSIONS
-from nat_models.data.video.decoding import VideoError, check_decoder, missing_seconds
+from nat_models.data.video.decoding import VideoError, check_decoder, frames_told, missing_seconds
 
 FONT = f"{get_data_path()}/fonts/ttf/DejaVuSans.ttf"  # with more letters than Pillow's own
 READABLE = 180  # pixels a side: a twentieth of it still makes a letter
@@ -88,8 +88,8 @@ def read_frames(source: str) -> Iterator[Frame]:
                     begin = time if begin is None else begin
                     number += 1
                     yield Frame(decoded, time - begin, stream.time_base, rate)
-            if is_file and packets < stream.frames:
-                raise failure(f"only {packets} of its {stream.frames} frames are there")
+            if is_file and packets < (told := frames_told(container, stream)):
+                raise failure(f"only {packets} of its {told} frames are there")
             missing = missing_seconds(stream, float(end)) if is_file else 0.0
             if missing:
                 raise failure(f"its last {missing:.1f} seconds are missing")

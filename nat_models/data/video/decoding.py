@@ -182,10 +182,8 @@ class PyAVVideo:
             last_duration = packet.duration or last_duration
             if packet.is_keyframe:
                 keyframes.append(packet.pts)
-        if packets < self._stream.frames:
-            raise VideoError(
-                f"cannot decode {self._path}: only {packets} of its {self._stream.frames} frames are there"
-            )
+        if packets < (told := frames_told(self._container, self._stream)):
+            raise VideoError(f"cannot decode {self._path}: only {packets} of its {told} frames are there")
         context = self._stream.codec_context
         unordered = self._container.format.name == "avi" and context.has_b_frames and context.name != "mpeg4"
         # Frames that no other frame refers to need no decoding; these two codecs tell them, packet by packet.
@@ -269,6 +267,13 @@ class PyAVVideo:
         context = self._stream.codec_context
         pixels = self._to_rgb.reformat(frame, context.width, context.height, "rgb24", threads=1).to_ndarray()
         return np.rot90(pixels, frame.rotation // 90) if frame.rotation else pixels
+
+
+def frames_told(container: Any, stream: Any) -> int:
+    """Frames that PyAV's stream should have by the header of its container; 0 where that does not tell."""
+    if container.format.name.startswith("mov"):  # an edit list leaves frames out of MP4 files, and of the index
+        return min(stream.frames, len(stream.index_entries))
+    return stream.frames
 
 
 def missing_seconds(stream: Any, end: float) -> float:
