@@ -48,6 +48,12 @@ def test_frames_come_in_order(video: Path) -> None:
         assert (torch.from_numpy(np.array(frame.image)).int() - pixels.permute(1, 2, 0).int()).abs().float().mean() < 2
 
 
+def test_frames_of_avi_files_have_the_times_of_their_order(tmp_path: Path) -> None:
+    """Their timestamps are in the order of decoding, which B-frames make another one."""
+    frames = list(read_frames(str(write_video(tmp_path / "video.avi", num_frames=12))))
+    assert [float(frame.time) for frame in frames] == pytest.approx([i / 30 for i in range(12)])
+
+
 def test_timestamps_that_begin_anew_begin_a_stream(video: Path, weights: Path) -> None:
     predictor, frames = load_model("nat_stream_tiny", weights, **TINY), list(read_frames(str(video)))
     answers = [answer for _, answer in classify(predictor, frames + frames, 10, compiled=False)]

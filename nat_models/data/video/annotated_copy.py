@@ -14,7 +14,7 @@ from matplotlib import get_data_path
 from PIL import Image, ImageDraw, ImageFont
 
 from nat_models.data.video.annotations import VIDEO_EXTENSIONS
-from nat_models.data.video.decoding import VideoError, check_decoder, frames_told, missing_seconds
+from nat_models.data.video.decoding import VideoError, check_decoder, frames_told, is_unordered, missing_seconds
 
 FONT = f"{get_data_path()}/fonts/ttf/DejaVuSans.ttf"  # with more letters than Pillow's own
 READABLE = 180  # pixels a side: a twentieth of it still makes a letter
@@ -72,6 +72,7 @@ def read_frames(source: str) -> Iterator[Frame]:
             if stream is None:
                 raise failure("it holds no video")
             rate = Fraction(stream.average_rate or stream.guessed_rate or 30)
+            unordered = is_unordered(container, stream)
             for packet in container.demux(stream):
                 packets += packet.size > 0
                 if is_file and packet.is_corrupt:
@@ -80,7 +81,7 @@ def read_frames(source: str) -> Iterator[Frame]:
                 for decoded in packet.decode():
                     if is_file and decoded.is_corrupt:
                         raise failure("the next one is damaged")
-                    if decoded.pts is None:  # raw streams have no timestamps
+                    if decoded.pts is None or unordered:  # raw streams have no timestamps
                         time = number / rate
                     else:
                         time = decoded.pts * stream.time_base

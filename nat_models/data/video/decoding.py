@@ -185,10 +185,9 @@ class PyAVVideo:
         if packets < (told := frames_told(self._container, self._stream)):
             raise VideoError(f"cannot decode {self._path}: only {packets} of its {told} frames are there")
         context = self._stream.codec_context
-        unordered = self._container.format.name == "avi" and context.has_b_frames and context.name != "mpeg4"
         # Frames that no other frame refers to need no decoding; these two codecs tell them, packet by packet.
         self._skips = context.name in ("h264", "hevc") and self._container.format.name != "avi"
-        if None in pts or unordered or context.name in HIDDEN_FRAME_CODECS:
+        if None in pts or is_unordered(self._container, self._stream) or context.name in HIDDEN_FRAME_CODECS:
             self._index_frames()
         else:
             self._set_index(pts, keyframes, last_duration)  # type: ignore[arg-type]
@@ -267,6 +266,12 @@ class PyAVVideo:
         context = self._stream.codec_context
         pixels = self._to_rgb.reformat(frame, context.width, context.height, "rgb24", threads=1).to_ndarray()
         return np.rot90(pixels, frame.rotation // 90) if frame.rotation else pixels
+
+
+def is_unordered(container: Any, stream: Any) -> bool:
+    """Whether the timestamps of PyAV's stream are in the order of decoding, which B-frames make another one: in AVI."""
+    context = stream.codec_context
+    return container.format.name == "avi" and context.has_b_frames and context.name != "mpeg4"
 
 
 def frames_told(container: Any, stream: Any) -> int:
