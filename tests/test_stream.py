@@ -166,6 +166,13 @@ def test_annotated_copy_frame_by_frame(
         assert distances[index] < 2.5 and distances[index] <= min(distances)
 
 
+def test_names_with_a_colon_are_files(weights: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    write_video(tmp_path / "video.mp4", num_frames=3).rename("12:30.mp4")  # FFmpeg sees a protocol of the name 12
+    main(["nat_stream_tiny", "12:30.mp4", "--checkpoint", str(weights), *TINY_ARGUMENTS, "--annotate"])
+    assert open_video(Path("12:30_annotated.mp4")).num_frames == 3
+
+
 def test_prediction_is_drawn_in_the_corner_and_nowhere_else() -> None:
     image = Image.new("RGB", (400, 200), (90, 120, 150))
     prediction = [("cat", 0.5), ("dög", 0.25), ("bird", 0.125)]

@@ -67,7 +67,8 @@ def read_frames(source: str) -> Iterator[Frame]:
         return VideoError(f"cannot decode {source}{f' after {number} frames' if number else ''}: {reason}")
 
     try:
-        with av.open(source) as container:
+        # Of a relative path FFmpeg would take what is before a colon for a protocol.
+        with av.open(str(Path(source).absolute()) if is_file else source) as container:
             stream: Any = container.streams.best("video")
             if stream is None:
                 raise failure("it holds no video")
@@ -136,7 +137,7 @@ class AnnotatedCopy:
 
         path.parent.mkdir(parents=True, exist_ok=True)
         self.path = path
-        self._container = av.open(str(path), "w")
+        self._container = av.open(str(path.absolute()), "w")
         self._stream: Any = None
         self._last = -1
 

@@ -160,7 +160,7 @@ class PyAVVideo:
     def _open(self) -> None:
         import av
 
-        self._container = av.open(str(self._path))
+        self._container = av.open(str(self._path.absolute()))  # lest FFmpeg take what is before a colon for a protocol
         self._stream: Any = self._container.streams.best("video")
         if self._stream is None:
             raise VideoError(f"cannot decode {self._path}: it holds no video")
@@ -322,7 +322,7 @@ class TorchCodecVideo:
 
         self._path = path
         try:
-            self._decoder = VideoDecoder(str(path), device=device, seek_mode="exact", num_ffmpeg_threads=1)
+            self._decoder = VideoDecoder(str(path.absolute()), device=device, seek_mode="exact", num_ffmpeg_threads=1)
             metadata: Any = self._decoder.metadata
             self._begin, end = metadata.begin_stream_seconds, metadata.end_stream_seconds
             self.num_frames = metadata.num_frames or 0
