@@ -88,7 +88,8 @@ def capture_attention(model: nn.Module) -> Iterator[dict[str, LayerAttention]]:
         qkv = layer.encode_positions(projected.pop(layer.qkv).unflatten(-1, (3, layer.num_heads, -1)))
         query, key, value = qkv.unbind(-3)
         kernel_size, rpb = layer.neighborhood(spatial)
-        axes = list(map(Axis, query.shape[1:-2], kernel_size, layer.stride, layer.dilation, layer.is_causal))
+        stride = map(min, layer.stride, kernel_size)  # as in the layer, where few frames make its neighborhood smaller
+        axes = list(map(Axis, query.shape[1:-2], kernel_size, stride, layer.dilation, layer.is_causal))
         scale = query.shape[-1] ** -0.5 if layer.qk_scale is None else layer.qk_scale
         rpb = None if rpb is None else rpb.detach()
         captured[name] = LayerAttention(query, key, value, spatial, axes, scale, rpb)

@@ -162,7 +162,7 @@ def load_image_weights(model: nn.Module, file: str | Path) -> "LoadReport":
     `timm.create_model(name, pretrained=True, pretrained_cfg_overlay=dict(file=FILE))` does the same while building.
 
     Args:
-        model: a video model of this project.
+        model: a video model of this project, from `timm.create_model` without `features_only`.
         file: weights of its image model, in any form that `checkpoint_filter_fn` understands.
 
     Returns:
@@ -170,8 +170,13 @@ def load_image_weights(model: nn.Module, file: str | Path) -> "LoadReport":
 
     Raises:
         FileNotFoundError: no such file.
-        ValueError: the weights cannot be read or do not fit.
+        ValueError: the weights cannot be read or do not fit, or timm did not build the model, or for features only.
     """
+    if "classifier" not in getattr(model, "pretrained_cfg", {}):
+        raise ValueError(
+            f"model must be one of timm.create_model, without features_only, got a {type(model).__name__}; with "
+            "features_only give create_model the file: pretrained=True, pretrained_cfg_overlay=dict(file=FILE)"
+        )
     model.pretrained_cfg = {**model.pretrained_cfg, "file": str(file)}  # type: ignore[dict-item,assignment]
     weights, report = adapt_state_dict(read_file(file), model)
     kept = {key: value for key, value in weights.items() if key not in report.reinitialised}
@@ -259,7 +264,7 @@ def adapt_state_dict(state_dict: Mapping[str, Any], model: nn.Module) -> tuple[d
     """`checkpoint_filter_fn` with a report. The head is listed as re-initialised where timm will leave it random.
 
     Weights must fit altogether, or, within `least_share`, by that share. Warns where an image model's attention had
-    other neighborhoods than the video model, the whole map (ViT-RPB) for example.
+    other neighborhoods than the video model, the whole map (ViT-RPB) for example, or the latter has no use for biases.
 
     Raises:
         ValueError: the weights do not fit; the message names the keys.
@@ -281,6 +286,7 @@ def adapt_state_dict(state_dict: Mapping[str, Any], model: nn.Module) -> tuple[d
         report.reinitialised = [key for key in replaced if key in expected]
         report.ignored += [key for key in replaced if key in weights and key not in expected]
     new: list[str] = []
+    left_out: list[str] = []
     if is_of_images(weights, expected):
         weights, report.inflated, left_out = inflate(weights, expected)
         report.ignored += left_out
@@ -326,12 +332,13 @@ def adapt_state_dict(state_dict: Mapping[str, Any], model: nn.Module) -> tuple[d
         report.ignored += unexpected
         weights = {key: value for key, value in weights.items() if key not in unexpected}
     resized = [key for key in report.resized if key.endswith("rpb")]
-    if report.inflated and resized:
-        warnings.warn(
-            f"this {type(model).__name__} will not answer as the image model whose weights it has, even on a clip that "
-            f"stands still: biases of attention were resized to other neighborhoods ({_listing(resized, 2)})",
-            stacklevel=2,
-        )
+    for keys, change in ((resized, "resized to other neighborhoods"), (left_out, "left out for rotary embeddings")):
+        if report.inflated and keys:
+            warnings.warn(
+                f"this {type(model).__name__} will not answer as the image model whose weights it has, even on a clip "
+                f"that stands still: biases of attention were {change} ({_listing(keys, 2)})",
+                stacklevel=2,
+            )
     return weights | {key: expected[key] for key in new}, report
 
 

@@ -74,6 +74,7 @@ class NATIso3D(Backbone):
         sizes = dict(num_frames=num_frames, embed_dim=embed_dim, depth=depth, in_chans=in_chans)
         for name, value in sizes.items():
             check_number(name, value, 1, whole=True)
+        check_number("drop_path_rate", drop_path_rate, 0, 1)
         is_triple = isinstance(patch_size, Sequence) and len(patch_size) == 3
         if not is_triple or not all(type(n) is int and n >= 1 for n in patch_size):
             raise ValueError(f"patch_size must be three integers, of frames, rows and columns, got {patch_size!r}")

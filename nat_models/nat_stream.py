@@ -72,9 +72,13 @@ class StreamState(NamedTuple):
         """
         chosen = torch.zeros_like(self.frames, dtype=torch.bool)
         which = torch.as_tensor(streams, device=chosen.device)
-        is_mask = which.dtype == torch.bool
-        if which.shape != chosen.shape if is_mask else not all(0 <= i < len(chosen) for i in which.tolist()):
-            raise ValueError(f"streams must be indices below {len(chosen)} or a mask [{len(chosen)}], got {streams}")
+        is_mask, count = which.dtype == torch.bool, len(chosen)
+        if is_mask:
+            is_legal = which.shape == chosen.shape
+        else:  # of an empty list torch makes floats
+            is_legal = which.dim() == 1 and all(type(i) is int and 0 <= i < count for i in which.tolist())
+        if not is_legal:
+            raise ValueError(f"streams must be integers below {count} or a mask [{count}] of bools, got {streams}")
         chosen[which if is_mask else which.long()] = True
 
         def clear(x: Tensor) -> Tensor:

@@ -26,6 +26,7 @@ LAYERS = {
     "sequence": (NeighborhoodAttention1D, dict(kernel_size=5), (9,)),
     "volume": (NeighborhoodAttention3D, dict(kernel_size=(2, 3, 3), is_causal=(True, False, False)), (3, 4, 4)),
     "rotary volume": (ClipAttention, dict(kernel_size=(2, 3, 3), position="rope"), (3, 4, 4)),
+    "short clip": (ClipAttention, dict(kernel_size=3, stride=(3, 2, 2), dilation=(2, 1, 1)), (3, 4, 4)),
     "whole map": (MapAttention, dict(kernel_size=(4, 6)), (4, 6)),
     "cropped map": (MapAttention, dict(kernel_size=(4, 6)), (3, 2)),
 }

@@ -201,8 +201,8 @@ def test_wrong_calls_of_streams_are_named() -> None:
         state = model.step(clip, model.init_state(3, 32, 32))[1]
         with pytest.raises(ValueError, match=r"as the state, got \[3, 3, 0, 32, 32\]; T is from 1 up"):
             model.step(clip[:, :, :0], state)
-        for streams in ([3], [-1], torch.tensor([True, False])):
-            with pytest.raises(ValueError, match=r"streams must be indices below 3 or a mask \[3\], got"):
+        for streams in ([3], [-1], torch.tensor([True, False]), 1, [0.5], [[0, 1]], torch.tensor([1.0, 0.0, 1.0])):
+            with pytest.raises(ValueError, match=r"streams must be integers below 3 or a mask \[3\] of bools, got"):
                 state.reset(streams)
         unchanged = state.reset([])
     assert all(map(torch.equal, (unchanged.stem, *unchanged.past), (state.stem, *state.past)))

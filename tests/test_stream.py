@@ -16,7 +16,7 @@ from PIL import Image
 from safetensors.torch import save_file
 from video_files import SIZE, rotate_display, write_video
 
-from nat_models.data.video.annotated_copy import draw_prediction, read_frames
+from nat_models.data.video.annotated_copy import AnnotatedCopy, copy_paths, draw_prediction, read_frames
 from nat_models.data.video.decoding import VideoError, open_video
 from nat_models.predict import load_model
 from nat_models.stream import classify, main, summary
@@ -46,6 +46,12 @@ def test_frames_come_in_order(video: Path) -> None:
     expected = open_video(video).frames_at([float(frame.time) + 1e-3 for frame in frames])
     for frame, pixels in zip(frames, expected, strict=True):
         assert (torch.from_numpy(np.array(frame.image)).int() - pixels.permute(1, 2, 0).int()).abs().float().mean() < 2
+
+
+def test_frames_of_avi_files_have_the_times_of_their_order(tmp_path: Path) -> None:
+    """Their timestamps are in the order of decoding, which B-frames make another one."""
+    frames = list(read_frames(str(write_video(tmp_path / "video.avi", num_frames=12))))
+    assert [float(frame.time) for frame in frames] == pytest.approx([i / 30 for i in range(12)])
 
 
 def test_timestamps_that_begin_anew_begin_a_stream(video: Path, weights: Path) -> None:
@@ -160,6 +166,13 @@ def test_annotated_copy_frame_by_frame(
         assert distances[index] < 2.5 and distances[index] <= min(distances)
 
 
+def test_names_with_a_colon_are_files(weights: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    write_video(tmp_path / "video.mp4", num_frames=3).rename("12:30.mp4")  # FFmpeg sees a protocol of the name 12
+    main(["nat_stream_tiny", "12:30.mp4", "--checkpoint", str(weights), *TINY_ARGUMENTS, "--annotate"])
+    assert open_video(Path("12:30_annotated.mp4")).num_frames == 3
+
+
 def test_prediction_is_drawn_in_the_corner_and_nowhere_else() -> None:
     image = Image.new("RGB", (400, 200), (90, 120, 150))
     prediction = [("cat", 0.5), ("dög", 0.25), ("bird", 0.125)]
@@ -179,6 +192,44 @@ def test_a_copy_does_not_overwrite_its_video(video: Path, weights: Path, capsys:
     with pytest.raises(SystemExit, match="2"):
         main([*command, "--annotate", str(video)])
     assert "the copy would overwrite" in capsys.readouterr().err and video.read_bytes() == content
+
+
+class FullDisk:
+    """A container that cannot write what it is given."""
+
+    def mux(self, packets: Any) -> None:
+        raise OSError(28, "No space left on device")
+
+
+def test_a_copy_that_cannot_be_written_is_named_and_leaves_nothing(
+    video: Path, weights: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    command = ["nat_stream_tiny", str(video), "--checkpoint", str(weights), *TINY_ARGUMENTS, "--annotate"]
+    (tmp_path / "folder.mp4").mkdir()
+    with pytest.raises(SystemExit, match="2"):
+        main([*command, str(tmp_path / "folder.mp4")])
+    assert f"error: cannot write {str(tmp_path / 'folder.mp4')!r}: Is a directory" in capsys.readouterr().err
+    path = tmp_path / "copy.mp4"
+    with pytest.raises(OSError, match="No space left"), AnnotatedCopy(path) as copy:
+        copy.write(next(read_frames(str(video))), [("cat", 1.0)])
+        copy._container = FullDisk()
+    assert not path.exists()
+
+
+@pytest.mark.parametrize("error", [VideoError, KeyboardInterrupt])
+def test_a_copy_that_did_not_begin_leaves_an_earlier_one(error: type[BaseException], tmp_path: Path) -> None:
+    path = tmp_path / "copy.mp4"
+    path.write_text("an earlier one")
+    with pytest.raises(error), AnnotatedCopy(path):
+        raise error
+    assert path.read_text() == "an earlier one"
+
+
+@pytest.mark.parametrize("name", ["copy.mkv", "copy.MP4", "notes.txt"])
+def test_copies_of_other_formats_are_refused(name: str, tmp_path: Path) -> None:
+    (tmp_path / "notes.txt").write_text("not a folder")
+    with pytest.raises(ValueError, match=rf"--annotate must be a folder or a file ending in .mp4, got .*{name}'"):
+        copy_paths(tmp_path / name, ["video.mp4"])
 
 
 def test_mistakes_are_named(video: Path, weights: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -13,8 +13,9 @@ import pytest
 import torch
 import webdataset
 from PIL import Image
-from video_files import SIZE, numbers_in, picture, rotate_display, upright, write_video
+from video_files import SIZE, numbers_in, picture, rotate_display, trim, upright, write_video
 
+from nat_models.data.video.annotated_copy import read_frames
 from nat_models.data.video.decoding import (
     TorchCodecVideo,
     VideoError,
@@ -107,6 +108,16 @@ def test_any_subset_of_the_frames(tmp_path, codec, extension):
     for count in (1, 1, 2, 5, 5, 32, 32):  # frames between them that no other needs are skipped
         indices = np.sort(chance.choice(120, count, replace=False)).tolist()
         assert numbers_in(open_video(path).frames_at(middles(indices, 30))) == indices
+
+
+@pytest.mark.parametrize(("first", "num_frames"), [(0, 30), (12, 30), (40, 20), (17, 9)])
+def test_frames_that_an_edit_list_leaves_out_are_not_missing(tmp_path, first, num_frames):
+    trim(path := write_video(tmp_path / "video.mp4", options={"sc_threshold": "0"}), first, num_frames)
+    video = open_video(path)
+    assert video.num_frames == num_frames and video.duration == pytest.approx(num_frames / 30, abs=0.01)
+    assert numbers_in(video.frames_at(middles(range(num_frames), 30))) == list(range(first, first + num_frames))
+    frames = [torch.from_numpy(np.array(frame.image)).permute(2, 0, 1) for frame in read_frames(str(path))]
+    assert numbers_in(torch.stack(frames)) == list(range(first, first + num_frames))
 
 
 @decoders

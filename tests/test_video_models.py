@@ -23,6 +23,7 @@ from nat_models.checkpoints import load_image_weights
 from nat_models.clip_layers import ClipAttention, rotary_angles, rotate
 from nat_models.complexity import multiply_adds
 from nat_models.layers import Block, TubeletConv
+from nat_models.nat3d import NAT3D
 
 TARGETS = {  # clip, millions of parameters with 400 classes, 10^9 multiply-adds of a view at 224 x 224
     "nat3d_mini": (32, 19.6, 58),
@@ -314,6 +315,7 @@ def test_divided_attention_names_arguments_as_given(arguments: dict[str, Any], m
         (dict(kernel_size="7"), "kernel_size must be an integer, or three, for time, .* got '7'"),
         (dict(embed_dim=0), "embed_dim must be an integer, at least 1, got 0"),
         (dict(depth=1.5), "depth must be an integer, at least 1, got 1.5"),
+        (dict(drop_path_rate=2), "drop_path_rate must be a number, at least 0 and at most 1, got 2"),
         (dict(num_frames=2.5), "num_frames must be an integer, at least 1, got 2.5"),
     ],
 )
@@ -398,9 +400,10 @@ def test_image_weights_for_other_heads_channels_windows_and_positions(tmp_path: 
     assert {"patch_embed.proj.0.weight", "levels.0.blocks.0.attn.rpb"} <= set(report.resized)
     image = golden("nat")[1]["patch_embed.proj.0.weight"]
     torch.testing.assert_close(model.patch_embed.proj[0].weight[:, :, 0], image.sum(1, keepdim=True))
-    rotary = timm.create_model(
-        "nat3d_mini", pretrained=True, pretrained_cfg_overlay=overlay, **config | dict(position="rope")
-    )
+    with pytest.warns(UserWarning, match=r"biases of attention were left out for rotary .* \(levels.0.blocks.0"):
+        rotary = timm.create_model(
+            "nat3d_mini", pretrained=True, pretrained_cfg_overlay=overlay, **config | dict(position="rope")
+        )
     assert rotary.load_report.ignored and all(key.endswith(".rpb") for key in rotary.load_report.ignored)
 
 
@@ -434,6 +437,10 @@ def test_inflation_into_a_model_already_built(tmp_path: Path) -> None:
     before = other.head.weight.clone()
     assert "head.weight" in load_image_weights(other, path).reinitialised
     assert torch.equal(other.head.weight, before)
+    with pytest.raises(ValueError, match="create_model, without features_only, got a FeatureListNet"):
+        load_image_weights(small("nat3d_tiny", features_only=True), path)
+    with pytest.raises(ValueError, match="create_model, without features_only, got a NAT3D"):
+        load_image_weights(NAT3D(depths=(1,), num_heads=(1,)), path)
     with pytest.raises(ValueError, match="do not fit this NAT3D; missing keys"):
         load_image_weights(small("nat3d_tiny"), save(golden("nat_isotropic")[1], tmp_path / "isotropic.pth"))
 

@@ -13,7 +13,8 @@ import numpy as np
 from matplotlib import get_data_path
 from PIL import Image, ImageDraw, ImageFont
 
-from nat_models.data.video.decoding import VideoError, check_decoder, missing_seconds
+from nat_models.data.video.annotations import VIDEO_EXTENSIONS
+from nat_models.data.video.decoding import VideoError, check_decoder, frames_told, is_unordered, missing_seconds
 
 FONT = f"{get_data_path()}/fonts/ttf/DejaVuSans.ttf"  # with more letters than Pillow's own
 READABLE = 180  # pixels a side: a twentieth of it still makes a letter
@@ -66,11 +67,13 @@ def read_frames(source: str) -> Iterator[Frame]:
         return VideoError(f"cannot decode {source}{f' after {number} frames' if number else ''}: {reason}")
 
     try:
-        with av.open(source) as container:
+        # Of a relative path FFmpeg would take what is before a colon for a protocol.
+        with av.open(str(Path(source).absolute()) if is_file else source) as container:
             stream: Any = container.streams.best("video")
             if stream is None:
                 raise failure("it holds no video")
             rate = Fraction(stream.average_rate or stream.guessed_rate or 30)
+            unordered = is_unordered(container, stream)
             for packet in container.demux(stream):
                 packets += packet.size > 0
                 if is_file and packet.is_corrupt:
@@ -79,7 +82,7 @@ def read_frames(source: str) -> Iterator[Frame]:
                 for decoded in packet.decode():
                     if is_file and decoded.is_corrupt:
                         raise failure("the next one is damaged")
-                    if decoded.pts is None:  # raw streams have no timestamps
+                    if decoded.pts is None or unordered:  # raw streams have no timestamps
                         time = number / rate
                     else:
                         time = decoded.pts * stream.time_base
@@ -87,8 +90,8 @@ def read_frames(source: str) -> Iterator[Frame]:
                     begin = time if begin is None else begin
                     number += 1
                     yield Frame(decoded, time - begin, stream.time_base, rate)
-            if is_file and packets < stream.frames:
-                raise failure(f"only {packets} of its {stream.frames} frames are there")
+            if is_file and packets < (told := frames_told(container, stream)):
+                raise failure(f"only {packets} of its {told} frames are there")
             missing = missing_seconds(stream, float(end)) if is_file else 0.0
             if missing:
                 raise failure(f"its last {missing:.1f} seconds are missing")
@@ -102,9 +105,11 @@ def copy_paths(target: str | Path, sources: Sequence[str | Path]) -> list[Path]:
     """Where each video's copy goes: `target` itself if it ends in `.mp4`, else `target/NAME_annotated.mp4`.
 
     Raises:
-        ValueError: two videos would share a copy, or a copy would overwrite a video.
+        ValueError: two videos would share a copy, a copy would overwrite a video, or `target` is another file.
     """
     target = Path(target)
+    if target.suffix != ".mp4" and (target.suffix.lower() in VIDEO_EXTENSIONS or target.is_file()):
+        raise ValueError(f"--annotate must be a folder or a file ending in .mp4, got {str(target)!r}")
     paths = [target if target.suffix == ".mp4" else target / f"{Path(s).stem}_annotated.mp4" for s in sources]
     shared = next((path for path in paths if paths.count(path) > 1), None)
     if shared is not None:
@@ -121,7 +126,7 @@ class AnnotatedCopy:
 
     Sides are those of the upright frames, small ones enlarged; an odd one gains a row or column, which repeats the
     last, since H.264 in the common pixel format (4:2:0) has even sides. Use it as a context: an error removes the
-    unfinished file.
+    unfinished file. What is there already stays until the first frame is written.
 
     Args:
         path: file to write, which ends in `.mp4`; its folder is created if missing.
@@ -132,7 +137,7 @@ class AnnotatedCopy:
 
         path.parent.mkdir(parents=True, exist_ok=True)
         self.path = path
-        self._container = av.open(str(path), "w")
+        self._container = av.open(str(path.absolute()), "w")
         self._stream: Any = None
         self._last = -1
 
@@ -153,12 +158,19 @@ class AnnotatedCopy:
         self._container.mux(self._stream.encode(encoded))
 
     def _open_stream(self, image: np.ndarray, frame: Frame) -> None:
+        import av
+
         height, width, _ = image.shape
         # Frames have times of their own; only the last one's duration follows from the rate.
-        self._stream = self._container.add_stream("libx264", rate=frame.rate, options={"crf": "18"})
-        self._stream.height, self._stream.width = height + height % 2, width + width % 2
-        self._stream.pix_fmt = "yuv420p"
-        self._stream.codec_context.time_base = frame.time_base
+        stream: Any = self._container.add_stream("libx264", rate=frame.rate, options={"crf": "18"})
+        stream.height, stream.width = height + height % 2, width + width % 2
+        stream.pix_fmt = "yuv420p"
+        stream.codec_context.time_base = frame.time_base
+        try:
+            self._container.start_encoding()  # opens the file now, not at the encoder's first output
+        except av.error.FFmpegError as error:
+            raise OSError(f"cannot write {str(self.path)!r}: {error.strerror}") from error
+        self._stream = stream
 
     def __enter__(self) -> "AnnotatedCopy":
         return self
@@ -166,11 +178,17 @@ class AnnotatedCopy:
     def __exit__(
         self, error_type: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
     ) -> None:
-        if self._stream is not None:
-            self._container.mux(self._stream.encode())
-        self._container.close()
-        if error_type is not None and not issubclass(error_type, KeyboardInterrupt):  # how a live stream ends
-            self.path.unlink(missing_ok=True)
+        is_whole = error_type is None or issubclass(error_type, KeyboardInterrupt)  # how a live stream ends
+        try:
+            if is_whole and self._stream is not None:
+                self._container.mux(self._stream.encode())
+            self._container.close()
+        except BaseException:
+            is_whole = False
+            raise
+        finally:
+            if not is_whole and self._stream is not None:
+                self.path.unlink(missing_ok=True)
 
 
 def draw_prediction(image: Image.Image, prediction: Prediction) -> Image.Image:

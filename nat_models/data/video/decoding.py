@@ -160,7 +160,7 @@ class PyAVVideo:
     def _open(self) -> None:
         import av
 
-        self._container = av.open(str(self._path))
+        self._container = av.open(str(self._path.absolute()))  # lest FFmpeg take what is before a colon for a protocol
         self._stream: Any = self._container.streams.best("video")
         if self._stream is None:
             raise VideoError(f"cannot decode {self._path}: it holds no video")
@@ -182,15 +182,12 @@ class PyAVVideo:
             last_duration = packet.duration or last_duration
             if packet.is_keyframe:
                 keyframes.append(packet.pts)
-        if packets < self._stream.frames:
-            raise VideoError(
-                f"cannot decode {self._path}: only {packets} of its {self._stream.frames} frames are there"
-            )
+        if packets < (told := frames_told(self._container, self._stream)):
+            raise VideoError(f"cannot decode {self._path}: only {packets} of its {told} frames are there")
         context = self._stream.codec_context
-        unordered = self._container.format.name == "avi" and context.has_b_frames and context.name != "mpeg4"
         # Frames that no other frame refers to need no decoding; these two codecs tell them, packet by packet.
         self._skips = context.name in ("h264", "hevc") and self._container.format.name != "avi"
-        if None in pts or unordered or context.name in HIDDEN_FRAME_CODECS:
+        if None in pts or is_unordered(self._container, self._stream) or context.name in HIDDEN_FRAME_CODECS:
             self._index_frames()
         else:
             self._set_index(pts, keyframes, last_duration)  # type: ignore[arg-type]
@@ -271,6 +268,19 @@ class PyAVVideo:
         return np.rot90(pixels, frame.rotation // 90) if frame.rotation else pixels
 
 
+def is_unordered(container: Any, stream: Any) -> bool:
+    """Whether the timestamps of PyAV's stream are in the order of decoding, which B-frames make another one: in AVI."""
+    context = stream.codec_context
+    return container.format.name == "avi" and context.has_b_frames and context.name != "mpeg4"
+
+
+def frames_told(container: Any, stream: Any) -> int:
+    """Frames that PyAV's stream should have by the header of its container; 0 where that does not tell."""
+    if container.format.name.startswith("mov"):  # an edit list leaves frames out of MP4 files, and of the index
+        return min(stream.frames, len(stream.index_entries))
+    return stream.frames
+
+
 def missing_seconds(stream: Any, end: float) -> float:
     """How much later than `end`, in seconds, PyAV's stream should end; 0 within `END_TOLERANCE`, or if nothing tells.
 
@@ -312,7 +322,7 @@ class TorchCodecVideo:
 
         self._path = path
         try:
-            self._decoder = VideoDecoder(str(path), device=device, seek_mode="exact", num_ffmpeg_threads=1)
+            self._decoder = VideoDecoder(str(path.absolute()), device=device, seek_mode="exact", num_ffmpeg_threads=1)
             metadata: Any = self._decoder.metadata
             self._begin, end = metadata.begin_stream_seconds, metadata.end_stream_seconds
             self.num_frames = metadata.num_frames or 0
