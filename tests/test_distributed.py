@@ -13,6 +13,7 @@ from lightning.pytorch.strategies import DDPStrategy
 from omegaconf import OmegaConf
 from training_runs import REPOSITORY, compose_train, run, train, write_image_folder
 
+from nat_models.engine import build
 from nat_models.engine.build import build_trainer
 from nat_models.engine.run_folder import launch_time
 from nat_models.engine.sharding import FullyShardedStrategy
@@ -94,6 +95,18 @@ def test_strategies_are_built_with_their_timeout(tmp_path):
 def test_averaged_weights_are_refused_where_they_cannot_be_sharded(tmp_path):
     with pytest.raises(ValueError, match="callbacks=ema does not work with trainer=fsdp"):
         build_trainer(compose_train(tmp_path, "trainer=fsdp", "callbacks=ema"))
+
+
+def test_processes_of_a_sweep_are_started_by_others(tmp_path, monkeypatch):
+    monkeypatch.setattr(build, "in_sweep", lambda: True)
+    cfg = compose_train(tmp_path, "trainer=ddp", "trainer.devices=2")
+    with pytest.raises(ValueError, match="trainer.devices must be 1 in a sweep, got 2, unless .* --nproc-per-node 2"):
+        build_trainer(cfg)
+    for name in ("LOCAL_RANK", "RANK", "GROUP_RANK", "LOCAL_WORLD_SIZE"):
+        monkeypatch.setenv(name, "0")
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    monkeypatch.setenv("TORCHELASTIC_RUN_ID", "of torchrun")
+    assert build_trainer(cfg).world_size == 2
 
 
 def test_processes_of_a_slurm_job_agree_on_the_run_folder(monkeypatch):

@@ -251,6 +251,9 @@ def test_a_mistake_in_a_sweep_ends_its_run_alone(monkeypatch, capsys):
         with pytest.raises(ends), exit_on((ValueError,)):
             raise ValueError("no such setting")
         assert capsys.readouterr().err == "error: no such setting\n"
+    monkeypatch.setattr(torch.distributed, "is_initialized", lambda: True)  # the error may be that of one process
+    with pytest.raises(SystemExit, match="2"), exit_on((OSError,)):
+        raise OSError("no such file")
 
 
 def test_unknown_model_names_the_nearest():
