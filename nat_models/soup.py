@@ -24,7 +24,7 @@ from nat_models.engine.build import build_evaluation_datamodule, plain, prepare_
 from nat_models.engine.checkpoint import find_run, read_checkpoint
 from nat_models.engine.errors import DATA_ERRORS, SETUP_ERRORS, message_of
 from nat_models.engine.evaluation import evaluate
-from nat_models.engine.run_folder import read_data_config
+from nat_models.engine.run_folder import read_data_config, read_manifest
 
 SAME = ("model_name", "num_classes", "in_chans", "class_names", "model_kwargs")
 ERRORS: tuple[type[Exception], ...] = (*SETUP_ERRORS, *DATA_ERRORS)
@@ -66,8 +66,7 @@ def soup(ingredients: Sequence[str | Path], target: str | Path, greedy: bool = F
             checkpoints = choose(checkpoints, score_of(run_dir, first), Path(folder) / "candidate.ckpt")
         write_mean(checkpoints, best)
         shutil.copy(run_dir / "config.yaml", written)
-        if (run_dir / "manifest.json").is_file():
-            manifest = json.loads((run_dir / "manifest.json").read_text())
+        if (manifest := read_manifest(run_dir)) is not None:
             manifest.pop("config_digest", None)  # no run that ckpt_path=auto could go on with
             manifest["soup"] = [str(checkpoint) for checkpoint in checkpoints]
             (written / "manifest.json").write_text(json.dumps(manifest, indent=2) + "\n")

@@ -1,7 +1,6 @@
 """Going on with a run: which one, from which checkpoint, and what is dropped of its logs."""
 
 import hashlib
-import json
 from pathlib import Path
 
 import lightning
@@ -18,7 +17,7 @@ from nat_models.engine.csv_logger import drop_rows
 from nat_models.engine.errors import in_sweep, message_of
 from nat_models.engine.files import remove_temporaries
 from nat_models.engine.position import Position
-from nat_models.engine.run_folder import read_results
+from nat_models.engine.run_folder import read_manifest, read_results
 
 AUTO = "auto"
 LOGGER_IDS = {"WandbLogger": "id", "MLFlowLogger": "run_id"}  # their arguments
@@ -145,6 +144,6 @@ def _newest_run(digest: str, is_finished: bool) -> Path | None:
     for manifest in sorted(manifests, key=lambda path: path.stat().st_mtime, reverse=True):
         run_dir = manifest.parent
         is_wanted = _checkpoints(run_dir) and (read_results(run_dir) is not None) == is_finished
-        if is_wanted and json.loads(manifest.read_text()).get("config_digest") == digest:
+        if is_wanted and (read_manifest(run_dir) or {}).get("config_digest") == digest:
             return run_dir
     return None
