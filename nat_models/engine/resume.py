@@ -104,7 +104,7 @@ def continue_run(
     run_dir, position = Path(cfg.run_dir), Position(0, 0, 0)
     if cfg.ckpt_path is not None:
         check_resumable(cfg.ckpt_path, module, trainer, datamodule)
-        if Path(cfg.ckpt_path).resolve().parent.parent != run_dir.resolve():
+        if Path(cfg.ckpt_path).parent.resolve() != (run_dir / "checkpoints").resolve():
             check_unfinished(cfg.ckpt_path, trainer)
         position = Position.of(read_checkpoint(cfg.ckpt_path))
     datamodule.start = (position.epoch, position.batch)
