@@ -15,6 +15,7 @@ from tempfile import TemporaryDirectory
 from typing import Any
 
 from omegaconf import OmegaConf
+from safetensors import SafetensorError
 from timm.models import save_for_hf
 
 from nat_models.engine.checkpoint import find_run, read_checkpoint
@@ -143,7 +144,7 @@ def main(arguments: list[str] | None = None) -> None:
     options = parser.parse_args(arguments)
     try:
         target = export(options.run, options.target)
-    except (ValueError, FileNotFoundError) as error:
+    except (ValueError, OSError, SafetensorError) as error:
         print(f"error: {error}", file=sys.stderr)
         raise SystemExit(2) from None
     print(f'{options.run} -> {target}: timm.create_model("local-dir:{target}", pretrained=True)')
