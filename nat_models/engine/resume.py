@@ -8,10 +8,10 @@ from hydra.core.hydra_config import HydraConfig
 from lightning.pytorch.loggers import TensorBoardLogger
 from omegaconf import DictConfig, OmegaConf
 
+from nat_models.claim import claim_folder
 from nat_models.data import DataModule
 from nat_models.engine.checkpoint import check_resumable, check_unfinished, read_checkpoint
 from nat_models.engine.checkpoint_io import LAST, PREVIOUS
-from nat_models.engine.claim import claim_folder
 from nat_models.engine.classification import ClassificationModule
 from nat_models.engine.csv_logger import drop_rows
 from nat_models.engine.errors import in_sweep, message_of
@@ -112,7 +112,7 @@ def continue_run(
         if isinstance(logger, TensorBoardLogger):
             logger._kwargs["purge_step"] = position.step  # an argument of the SummaryWriter that it will open
     if trainer.is_global_zero:
-        claim_folder(run_dir)
+        claim_folder(run_dir, "run_dir")
         for folder in (run_dir, run_dir / "csv", run_dir / "checkpoints"):
             remove_temporaries(folder)
         (run_dir / "results.json").unlink(missing_ok=True)  # of before, when the run was to be shorter
