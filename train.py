@@ -3,6 +3,7 @@
 The run folder, printed at the start and the end, holds checkpoints, the resolved config, versions, metrics and plots.
 """
 
+import os
 import time
 from pathlib import Path
 from typing import Any
@@ -48,6 +49,7 @@ def main(cfg: DictConfig) -> float:
         trainer = build_trainer(cfg)
         module = build_module(cfg, datamodule, trainer)
         check_optimized_metric(cfg.optimized_metric, module)
+    with exit_on(SETUP_ERRORS, run_dir):
         continue_run(cfg, datamodule, trainer, module)
         if trainer.is_global_zero:
             record_run(cfg, digest, run_dir, datamodule, trainer.world_size, trainer.strategy.root_device)
@@ -70,7 +72,7 @@ def main(cfg: DictConfig) -> float:
             static = evaluate(checkpoint, datamodule.without_motion(), plain(cfg.trainer))
 
         if trainer.is_global_zero:
-            record: dict[str, Any] = {"checkpoint": str(checkpoint.relative_to(run_dir.resolve()))}
+            record: dict[str, Any] = {"checkpoint": os.path.relpath(checkpoint, run_dir.resolve())}
             record["training_seconds"] = round(seconds, 1)
             if static is not None:
                 record["top1_without_motion"] = static.metrics["val/top1"]

@@ -18,6 +18,7 @@ from urllib.parse import urlparse
 
 import timm
 import torch
+from safetensors import SafetensorError
 from timm.models import save_for_hf
 from timm.utils import ParseKwargs
 from torch import Tensor, nn
@@ -154,7 +155,7 @@ def main(arguments: list[str] | None = None) -> None:
     options = parser.parse_args(arguments)
     try:
         model = convert(options.source, options.target, options.model, **options.model_kwargs)
-    except (ValueError, OSError) as error:
+    except (ValueError, OSError, SafetensorError) as error:
         print(f"error: {error}", file=sys.stderr)
         raise SystemExit(2) from None
     print(f"{options.source} -> {options.target}: {model.pretrained_cfg['architecture']}")  # type: ignore[index]

@@ -8,7 +8,6 @@ and recipe.
 """
 
 import argparse
-import json
 import sys
 from pathlib import Path
 from shlex import join
@@ -16,12 +15,13 @@ from tempfile import TemporaryDirectory
 from typing import Any
 
 from omegaconf import OmegaConf
+from safetensors import SafetensorError
 from timm.models import save_for_hf
 
 from nat_models.engine.checkpoint import find_run, read_checkpoint
 from nat_models.engine.evaluation import load_classifier
 from nat_models.engine.report import METRIC_TITLES
-from nat_models.engine.run_folder import read_data_config, read_results
+from nat_models.engine.run_folder import read_data_config, read_manifest, read_results
 
 PACKAGES = ("nat-models", "torch", "torchvision", "timm", "lightning", "triton", "numpy", "av")
 RECIPE = ("model", "optim", "trainer", "seed")
@@ -118,10 +118,9 @@ def _scores(run_dir: Path, checkpoint: Path) -> list[str]:
 
 def _training(run_dir: Path) -> list[str]:
     """The manifest's main entries."""
-    path = run_dir / "manifest.json"
-    if not path.is_file():
+    manifest = read_manifest(run_dir)
+    if manifest is None:
         return ["How this was trained is not recorded."]
-    manifest = json.loads(path.read_text())
     git = manifest["git"]
     commit = "unknown" if git is None else git["commit"] + (", with changes" if git["changes"] else "")
     versions = ", ".join(f"{name} {manifest['packages'][name]}" for name in PACKAGES if name in manifest["packages"])
@@ -145,7 +144,7 @@ def main(arguments: list[str] | None = None) -> None:
     options = parser.parse_args(arguments)
     try:
         target = export(options.run, options.target)
-    except (ValueError, FileNotFoundError) as error:
+    except (ValueError, OSError, SafetensorError) as error:
         print(f"error: {error}", file=sys.stderr)
         raise SystemExit(2) from None
     print(f'{options.run} -> {target}: timm.create_model("local-dir:{target}", pretrained=True)')

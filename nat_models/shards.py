@@ -24,6 +24,7 @@ from rich.console import Console
 from rich.progress import track
 from torch.utils.data import DataLoader, Dataset
 
+from nat_models.claim import claim_folder
 from nat_models.data.datasets import DECODE_ERRORS, UndecodableImageError, class_names, create_source, is_streamed
 from nat_models.data.shards import HEADER, read_index
 
@@ -250,6 +251,7 @@ def _write_all(options: argparse.Namespace) -> None:
                 raise ValueError(f"{out} holds shards of {split!r} that were made otherwise; remove them first")
             print(f"{split}: complete")
             continue
+        claim_folder(out, "out")  # two commands would write into each other's files
         writer = ShardWriter(
             source, out, split, options.images_per_shard, options.short_side, options.quality, options.skip_undecodable
         )

@@ -16,18 +16,18 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
-import torch
 from omegaconf import OmegaConf
 from torch import Tensor
 
 from nat_models.engine.build import build_evaluation_datamodule, plain, prepare_process
 from nat_models.engine.checkpoint import find_run, read_checkpoint
-from nat_models.engine.errors import DATA_ERRORS, SETUP_ERRORS, message_of
+from nat_models.engine.checkpoint_io import VerifiedCheckpointIO
+from nat_models.engine.errors import DATA_ERRORS, SETUP_ERRORS, CheckpointWriteError, message_of
 from nat_models.engine.evaluation import evaluate
-from nat_models.engine.run_folder import read_data_config
+from nat_models.engine.run_folder import read_data_config, read_manifest
 
 SAME = ("model_name", "num_classes", "in_chans", "class_names", "model_kwargs")
-ERRORS: tuple[type[Exception], ...] = (*SETUP_ERRORS, *DATA_ERRORS)
+ERRORS: tuple[type[Exception], ...] = (*SETUP_ERRORS, *DATA_ERRORS, CheckpointWriteError)
 # Arguments that only training knows, or that only say where it began.
 MAY_DIFFER = ("drop_path_rate", "drop_rate", "attn_drop_rate", "proj_drop_rate", "pretrained_cfg_overlay")
 
@@ -66,8 +66,7 @@ def soup(ingredients: Sequence[str | Path], target: str | Path, greedy: bool = F
             checkpoints = choose(checkpoints, score_of(run_dir, first), Path(folder) / "candidate.ckpt")
         write_mean(checkpoints, best)
         shutil.copy(run_dir / "config.yaml", written)
-        if (run_dir / "manifest.json").is_file():
-            manifest = json.loads((run_dir / "manifest.json").read_text())
+        if (manifest := read_manifest(run_dir)) is not None:
             manifest.pop("config_digest", None)  # no run that ckpt_path=auto could go on with
             manifest["soup"] = [str(checkpoint) for checkpoint in checkpoints]
             (written / "manifest.json").write_text(json.dumps(manifest, indent=2) + "\n")
@@ -101,7 +100,7 @@ def write_mean(checkpoints: Sequence[Path], target: Path) -> None:
                 mean[name] = mean.get(name, 0) + value.double() / len(checkpoints)
     state = {name: mean[name].to(value.dtype) if name in mean else value for name, value in first["state_dict"].items()}
     kept = ("pytorch-lightning_version", "hyper_parameters", "loops", "epoch", "global_step")
-    torch.save({key: first[key] for key in kept} | {"state_dict": state}, target)
+    VerifiedCheckpointIO().save_checkpoint({key: first[key] for key in kept} | {"state_dict": state}, target)
 
 
 def score_of(run_dir: Path, checkpoint: Path) -> Callable[[Path], float]:

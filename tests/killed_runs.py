@@ -29,12 +29,12 @@ from training_runs import REPOSITORY, compose_train, run, train, write_image
 from video_files import write_video
 
 from nat_models.checkpoints import read_file
+from nat_models.claim import claim_folder
 from nat_models.data import ImageDataModule, VideoDataModule
 from nat_models.engine import evaluation, plots
 from nat_models.engine.callbacks import UndecodableCount
 from nat_models.engine.checkpoint import read_checkpoint
 from nat_models.engine.checkpoint_io import VerifiedCheckpointIO
-from nat_models.engine.claim import claim_folder
 from nat_models.engine.classification import ClassificationModule
 from nat_models.engine.last_checkpoint import LastCheckpoint
 from nat_models.engine.position import Position
@@ -438,8 +438,8 @@ def test_run_folder_with_a_run_is_not_overwritten(tmp_path, reference, capfd):
 
 
 def test_run_folder_in_use_is_left_alone(tmp_path, capfd):
-    claim_folder(tmp_path)
-    claim_folder(tmp_path)  # as often as one process likes
+    claim_folder(tmp_path, "run_dir")
+    claim_folder(tmp_path, "run_dir")  # as often as one process likes
     assert in_child(tmp_path, *SMALL, "ckpt_path=auto") == 2
     assert f"in use by process {os.getpid()} on {platform.node()}; wait for its end" in capfd.readouterr().err
     assert not (tmp_path / "checkpoints").exists()

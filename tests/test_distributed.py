@@ -13,6 +13,7 @@ from lightning.pytorch.strategies import DDPStrategy
 from omegaconf import OmegaConf
 from training_runs import REPOSITORY, compose_train, run, train, write_image_folder
 
+from nat_models.engine import build
 from nat_models.engine.build import build_trainer
 from nat_models.engine.run_folder import launch_time
 from nat_models.engine.sharding import FullyShardedStrategy
@@ -67,6 +68,19 @@ def test_two_processes_train_as_one_with_the_same_effective_batch(one_process, t
     assert results["metrics"]["val/top1"] == pytest.approx(expected["metrics"]["val/top1"], abs=1 / 360)
 
 
+def test_sharded_models_are_evaluated_on_what_the_processes_do_not_divide(tmp_path):
+    root = write_image_folder(tmp_path / "images", val_per_class=1)  # three: one process has a batch more
+    settings = ["experiment=none", "data=imagenet", f"data.root={root}", "data.img_size=32", "data.batch_size=4"]
+    settings += ["data.eval_batch_size=1", "data.num_workers=0", "model.model_name=test_vit"]
+    settings += ["+model.model_kwargs.img_size=32", "trainer=fsdp", "trainer.accelerator=cpu", "trainer.devices=2"]
+    settings += ["trainer.max_epochs=1", "optim.schedule.warmup_epochs=0", "optim.schedule.cooldown_epochs=0"]
+    process = run(tmp_path, "train.py", *settings, "run_dir=run", launcher=TORCHRUN, timeout=100)
+    assert process.returncode == 0, process.stderr
+    one = run(tmp_path, "eval.py", "run=run", "trainer.accelerator=cpu")
+    assert one.returncode == 0, one.stderr
+    assert "the same" in one.stdout and "DIFFERENT" not in one.stdout
+
+
 def test_accumulation_trains_as_the_larger_batch(one_process, tmp_path):
     settings = ["data.batch_size=32", "trainer.accumulate_grad_batches=2", "trainer.limit_train_batches=44"]
     train(compose_train(tmp_path, *TINY, *settings))
@@ -94,6 +108,18 @@ def test_strategies_are_built_with_their_timeout(tmp_path):
 def test_averaged_weights_are_refused_where_they_cannot_be_sharded(tmp_path):
     with pytest.raises(ValueError, match="callbacks=ema does not work with trainer=fsdp"):
         build_trainer(compose_train(tmp_path, "trainer=fsdp", "callbacks=ema"))
+
+
+def test_processes_of_a_sweep_are_started_by_others(tmp_path, monkeypatch):
+    monkeypatch.setattr(build, "in_sweep", lambda: True)
+    cfg = compose_train(tmp_path, "trainer=ddp", "trainer.devices=2")
+    with pytest.raises(ValueError, match="trainer.devices must be 1 in a sweep, got 2, unless .* --nproc-per-node 2"):
+        build_trainer(cfg)
+    for name in ("LOCAL_RANK", "RANK", "GROUP_RANK", "LOCAL_WORLD_SIZE"):
+        monkeypatch.setenv(name, "0")
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    monkeypatch.setenv("TORCHELASTIC_RUN_ID", "of torchrun")
+    assert build_trainer(cfg).world_size == 2
 
 
 def test_processes_of_a_slurm_job_agree_on_the_run_folder(monkeypatch):

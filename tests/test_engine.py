@@ -31,7 +31,7 @@ from nat_models.engine.errors import PREEMPTED_STATUS, RUN_ERRORS, NonFiniteStep
 from nat_models.engine.evaluation import evaluate
 from nat_models.engine.non_finite import SkipNonFiniteSteps
 from nat_models.engine.plots import plot_batch, plot_confusion, plot_curves, plot_mistakes, plot_per_class
-from nat_models.engine.run_folder import manifest
+from nat_models.engine.run_folder import manifest, read_manifest
 
 STEPS_PER_EPOCH = 4
 SCHEDULE = {"sched": "cosine", "warmup_epochs": 1, "warmup_lr": 1e-5, "min_lr": 1e-4, "cooldown_epochs": 1}
@@ -251,6 +251,9 @@ def test_a_mistake_in_a_sweep_ends_its_run_alone(monkeypatch, capsys):
         with pytest.raises(ends), exit_on((ValueError,)):
             raise ValueError("no such setting")
         assert capsys.readouterr().err == "error: no such setting\n"
+    monkeypatch.setattr(torch.distributed, "is_initialized", lambda: True)  # the error may be that of one process
+    with pytest.raises(SystemExit, match="2"), exit_on((OSError,)):
+        raise OSError("no such file")
 
 
 def test_unknown_model_names_the_nearest():
@@ -406,6 +409,15 @@ def test_finding_checkpoints(tmp_path):
         find_checkpoint("/does/not/exist", None)
     with pytest.raises(FileNotFoundError, match="checkpoints/best.ckpt"):
         find_checkpoint(str(tmp_path), None)
+    with pytest.raises(FileNotFoundError, match="there is no checkpoint '/does/not/exist/best.ckpt'"):
+        find_checkpoint(None, "/does/not/exist/best.ckpt")
+
+
+def test_a_damaged_manifest_is_named(tmp_path):
+    assert read_manifest(tmp_path) is None
+    (tmp_path / "manifest.json").write_bytes(b"")
+    with pytest.raises(ValueError, match="manifest.json' is damaged: .*; copy it again, or remove it"):
+        read_manifest(tmp_path)
 
 
 def test_evaluation_counts_the_images(tmp_path):

@@ -1,9 +1,11 @@
 """`python -m nat_models.export` and `python -m nat_models.soup` on runs of `train.py`."""
 
 import json
+import resource
 import shutil
 import subprocess
 import sys
+from contextlib import chdir
 from pathlib import Path
 
 import pytest
@@ -11,9 +13,11 @@ import timm
 import torch
 from omegaconf import OmegaConf
 from PIL import Image
+from safetensors.torch import save_file
 from training_runs import CLASSES, compose_train, run, train, write_image_folder
 from video_files import write_video
 
+from nat_models.convert import main as convert_main
 from nat_models.engine.checkpoint import read_checkpoint
 from nat_models.export import export
 from nat_models.export import main as export_main
@@ -165,3 +169,22 @@ def test_mistakes_get_one_line(runs, tmp_path, capsys):
             main([str(argument) for argument in arguments])
         error = capsys.readouterr().err
         assert error.count("\n") == 1 and error.startswith("error: ") and message in error
+
+
+def test_a_full_disk_gets_one_line(runs, tmp_path, capsys):
+    weights = tmp_path / "weights.safetensors"
+    model = timm.create_model("nat_mini", embed_dim=8, depths=[1, 2], num_heads=[1, 2])
+    save_file(model.state_dict(), weights)
+    sizes = ["--model", "nat_mini", "--model-kwargs", "embed_dim=8", "depths=[1,2]", "num_heads=[1,2]"]
+    commands = [(export_main, [runs[0], "out"]), (soup_main, [*runs, "out"]), (convert_main, [weights, "out", *sizes])]
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    for main, arguments in commands:
+        with pytest.raises(SystemExit, match="2"), chdir(tmp_path):
+            resource.setrlimit(resource.RLIMIT_FSIZE, (10_000, limits[1]))  # of a file
+            try:
+                main([str(argument) for argument in arguments])
+            finally:
+                resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+        error = capsys.readouterr().err
+        assert error.count("\n") == 1 and error.startswith("error: ") and "File too large" in error
+        assert list(tmp_path.iterdir()) == [weights]

@@ -1,6 +1,7 @@
 """`python -m nat_models.shards`: the images and labels of the folder, resumable, checksummed, readable by others."""
 
 import json
+import os
 import subprocess
 import sys
 from collections import Counter
@@ -12,6 +13,7 @@ import torch
 from PIL import Image
 from training_runs import CLASSES, compose_train, train, write_image, write_image_folder
 
+from nat_models.claim import claim_folder
 from nat_models.data import ImageDataModule, UndecodableImageError, create_source
 from nat_models.data.datasets import class_names
 from nat_models.shards import ShardWriter
@@ -154,6 +156,15 @@ def test_shards_of_as_many_other_images_are_not_complete(tmp_path, capsys):
     with pytest.raises(SystemExit):
         pack(folder, out)
     assert "were made otherwise" in capsys.readouterr().err
+
+
+def test_two_commands_do_not_write_the_same_shards(folder, tmp_path):
+    claim_folder(tmp_path / "out", "out")
+    command = [sys.executable, "-m", "nat_models.shards", str(folder), "out", "--workers", "0"]
+    process = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
+    assert process.returncode == 2
+    assert f"error: out='out' is in use by process {os.getpid()} on" in process.stderr.splitlines()[-1]
+    assert [path.name for path in (tmp_path / "out").iterdir()] == [".claim"]
 
 
 def test_reduced_images_have_the_short_side(folder, tmp_path):

@@ -72,6 +72,8 @@ def test_evaluation_reproduces_the_recorded_accuracy(digits_run):
 
     moved = shutil.copytree(run_dir, run_dir.parent.parent / "moved")
     (moved / "results.json").write_text(json.dumps(recorded)[:40])  # damaged: nothing to compare with
+    config = (moved / "config.yaml").read_text()
+    (moved / "config.yaml").write_text(config.replace("num_nodes: 1", "num_nodes: 2"))  # trained by two machines
     by_file = run(moved, "eval.py", "ckpt_path=checkpoints/last.ckpt")
     assert by_file.returncode == 0, by_file.stderr
     last = json.loads((moved / "evaluation" / "last" / "results.json").read_text())
@@ -149,3 +151,19 @@ def test_same_seed_same_weights(tmp_path):
         weights.append(torch.cat([value.flatten().double() for value in checkpoint["state_dict"].values()]))
     assert torch.equal(weights[0], weights[1])
     assert not torch.equal(weights[0], weights[2])
+
+
+def test_checkpoints_may_lie_on_another_disk(tmp_path):
+    run_dir, scratch = tmp_path / "run", tmp_path / "scratch"
+    for folder in (run_dir, scratch):
+        folder.mkdir()
+    (run_dir / "checkpoints").symlink_to(scratch)
+    settings = ["experiment=none", "data=fake", "model.model_name=test_resnet", "data.img_size=32", "debug=smoke"]
+    settings += ["optim.schedule.warmup_epochs=0", "optim.schedule.cooldown_epochs=0", "trainer.max_epochs=1"]
+    settings += ["trainer.accelerator=cpu", "trainer.max_steps=-1", "trainer.limit_train_batches=2"]
+    train(compose_train(run_dir, *settings))
+    results = run_dir / "results.json"
+    assert (run_dir / json.loads(results.read_text())["checkpoint"]).resolve() == scratch / "best.ckpt"
+    results.unlink()  # as if killed in the evaluation
+    train(compose_train(run_dir, *settings, "ckpt_path=auto"))
+    assert results.exists()

@@ -18,6 +18,7 @@ from timm.scheduler import create_scheduler_v2
 from nat_models.data import DataModule
 from nat_models.engine.checkpoint_io import VerifiedCheckpointIO
 from nat_models.engine.classification import ClassificationModule
+from nat_models.engine.errors import in_sweep
 from nat_models.engine.sharding import FullyShardedStrategy
 from nat_models.names import check_model_name
 from nat_models.settings import check_number, check_settings
@@ -80,6 +81,13 @@ def build_trainer(cfg: DictConfig) -> lightning.Trainer:
         logger=list(loggers.values()),
         plugins=[VerifiedCheckpointIO()],
     )
+    environment = getattr(trainer.strategy, "cluster_environment", None)
+    if in_sweep() and trainer.num_devices > 1 and not getattr(environment, "creates_processes_externally", True):
+        # Lightning would start the other processes by this very command, and each of them a sweep of its own.
+        raise ValueError(
+            f"trainer.devices must be 1 in a sweep, got {trainer.num_devices}, unless something else starts the "
+            f"processes: torchrun --nproc-per-node {trainer.num_devices} train.py ..., or hydra/launcher=slurm"
+        )
     check_number("trainer.accumulate_grad_batches", trainer.accumulate_grad_batches, 1, whole=True)
     check_number("trainer.limit_train_batches", trainer.limit_train_batches, above=0)
     return trainer

@@ -141,7 +141,7 @@ def find_checkpoint(run: str | None, ckpt_path: str | None) -> tuple[Path, Path]
     if run is None and ckpt_path is None:
         raise ValueError("give run=FOLDER (a run folder of train.py) or ckpt_path=FILE")
     run_dir = Path(run) if run is not None else Path(str(ckpt_path)).resolve().parent.parent
-    if not run_dir.is_dir():
+    if run is not None and not run_dir.is_dir():
         raise FileNotFoundError(f"run={run!r} is not a folder")
     checkpoint = Path(ckpt_path) if ckpt_path is not None else run_dir / "checkpoints" / "best.ckpt"
     read_checkpoint(checkpoint)

@@ -183,6 +183,17 @@ class ClassificationModule(lightning.LightningModule):
         # A loss that is not finite makes all gradients so, on all ranks: SkipNonFiniteSteps then skips the step.
         return loss * torch.where(finite, 1.0, torch.nan)
 
+    def on_validation_start(self) -> None:
+        self._most_val_batches = torch.tensor(float(self.trainer.num_val_batches[0]), device=self.device)
+        if self.device_mesh is not None:
+            strategy = self.trainer.strategy
+            self._most_val_batches = strategy.reduce(self._most_val_batches, reduce_op="max")
+
+    def on_validation_batch_end(self, outputs: Any, batch: Any, batch_idx: int, dataloader_idx: int = 0) -> None:
+        # Each image is evaluated once, so some processes may have a batch less. But all gather a sharded model at once.
+        if batch_idx + 1 == self.trainer.num_val_batches[0] < self._most_val_batches:
+            self._logits(batch[0])
+
     def on_validation_batch_start(self, batch: Any, batch_idx: int, dataloader_idx: int = 0) -> None:
         self._let_graphs_overwrite_results()
 
@@ -204,17 +215,19 @@ class ClassificationModule(lightning.LightningModule):
         self, batch: tuple[Tensor, ...], mean_loss: MeanMetric, metrics: MetricCollection, loss_name: str
     ) -> Tensor:
         images, labels = batch[:2]
-        logits = self._mean_of_views(images) if images.ndim == 6 else self(images)
+        logits = self._logits(images)
         mean_loss(F.cross_entropy(logits, labels), weight=len(images))
         metrics(logits, labels)
         self.log(loss_name, mean_loss, batch_size=len(images))
         self.log_dict(metrics, batch_size=len(images))
         return logits
 
-    def _mean_of_views(self, views: Tensor) -> Tensor:
-        """Views `[B, V, C, T, H, W]` of videos -> logarithm of the mean of their probabilities, `[B, num_classes]`."""
-        probabilities = self(views.flatten(0, 1)).double().softmax(dim=1)
-        return probabilities.unflatten(0, views.shape[:2]).mean(dim=1).log().float()
+    def _logits(self, images: Tensor) -> Tensor:
+        """`forward`, or of views `[B, V, C, T, H, W]` of videos the logarithm of the mean of their probabilities."""
+        if images.ndim < 6:
+            return self(images)
+        probabilities = self(images.flatten(0, 1)).double().softmax(dim=1)
+        return probabilities.unflatten(0, images.shape[:2]).mean(dim=1).log().float()
 
     def configure_optimizers(self) -> Any:
         optimizer, scheduler = self.build_optimizer(self.trainer.max_epochs or 0, self._steps_per_epoch())

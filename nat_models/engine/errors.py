@@ -9,6 +9,7 @@ from pathlib import Path
 from types import FrameType
 from typing import Any
 
+import torch
 from hydra.core.hydra_config import HydraConfig
 from hydra.errors import InstantiationException
 from hydra.types import RunMode
@@ -51,13 +52,18 @@ RUN_ERRORS: tuple[type[Exception], ...] = (
 )
 
 
+OF_ONE_PROCESS: tuple[type[Exception], ...] = (*DATA_ERRORS, CheckpointWriteError, OSError)
+"""Which one of several processes may have alone."""
+
+
 @contextmanager
 def exit_on(error_types: tuple[type[Exception], ...], folder: Path | None = None) -> Iterator[None]:
     """Turns errors of these types into `error: ...` on stderr and exit status 2, and removes `folder` if it is empty.
 
-    An OSError that names no file, as that of a full disk, names `folder`. One of a sweep fails alone. A run that is
-    preempted ends with status 75, and its sweep with it, at once where it has no handlers of its own for the signals;
-    further ones change nothing about that.
+    An OSError that names no file, as that of a full disk, names `folder`. One of a sweep fails alone, unless the error
+    may be that of one of several processes: the others would wait for it in this run. A run that is preempted ends with
+    status 75, and its sweep with it, at once where it has no handlers of its own for the signals; further ones change
+    nothing about that.
 
     `HYDRA_FULL_ERROR=1` in the environment keeps the traceback, as it does for Hydra's own errors.
     """
@@ -77,7 +83,8 @@ def exit_on(error_types: tuple[type[Exception], ...], folder: Path | None = None
                 message += f"; the run folder is {folder}"
             remove_if_empty(folder)
         print(f"error: {message}", file=sys.stderr, flush=True)
-        if in_sweep():
+        is_of_one = torch.distributed.is_initialized() and isinstance(error, OF_ONE_PROCESS)
+        if in_sweep() and not is_of_one:
             raise  # to Hydra, for which this training failed; the others go on
         raise SystemExit(2) from None
     finally:

@@ -1,7 +1,6 @@
 """Going on with a run: which one, from which checkpoint, and what is dropped of its logs."""
 
 import hashlib
-import json
 from pathlib import Path
 
 import lightning
@@ -9,16 +8,16 @@ from hydra.core.hydra_config import HydraConfig
 from lightning.pytorch.loggers import TensorBoardLogger
 from omegaconf import DictConfig, OmegaConf
 
+from nat_models.claim import claim_folder
 from nat_models.data import DataModule
 from nat_models.engine.checkpoint import check_resumable, check_unfinished, read_checkpoint
 from nat_models.engine.checkpoint_io import LAST, PREVIOUS
-from nat_models.engine.claim import claim_folder
 from nat_models.engine.classification import ClassificationModule
 from nat_models.engine.csv_logger import drop_rows
 from nat_models.engine.errors import in_sweep, message_of
 from nat_models.engine.files import remove_temporaries
 from nat_models.engine.position import Position
-from nat_models.engine.run_folder import read_results
+from nat_models.engine.run_folder import read_manifest, read_results
 
 AUTO = "auto"
 LOGGER_IDS = {"WandbLogger": "id", "MLFlowLogger": "run_id"}  # their arguments
@@ -105,7 +104,7 @@ def continue_run(
     run_dir, position = Path(cfg.run_dir), Position(0, 0, 0)
     if cfg.ckpt_path is not None:
         check_resumable(cfg.ckpt_path, module, trainer, datamodule)
-        if Path(cfg.ckpt_path).resolve().parent.parent != run_dir.resolve():
+        if Path(cfg.ckpt_path).parent.resolve() != (run_dir / "checkpoints").resolve():
             check_unfinished(cfg.ckpt_path, trainer)
         position = Position.of(read_checkpoint(cfg.ckpt_path))
     datamodule.start = (position.epoch, position.batch)
@@ -113,7 +112,7 @@ def continue_run(
         if isinstance(logger, TensorBoardLogger):
             logger._kwargs["purge_step"] = position.step  # an argument of the SummaryWriter that it will open
     if trainer.is_global_zero:
-        claim_folder(run_dir)
+        claim_folder(run_dir, "run_dir")
         for folder in (run_dir, run_dir / "csv", run_dir / "checkpoints"):
             remove_temporaries(folder)
         (run_dir / "results.json").unlink(missing_ok=True)  # of before, when the run was to be shorter
@@ -145,6 +144,6 @@ def _newest_run(digest: str, is_finished: bool) -> Path | None:
     for manifest in sorted(manifests, key=lambda path: path.stat().st_mtime, reverse=True):
         run_dir = manifest.parent
         is_wanted = _checkpoints(run_dir) and (read_results(run_dir) is not None) == is_finished
-        if is_wanted and json.loads(manifest.read_text()).get("config_digest") == digest:
+        if is_wanted and (read_manifest(run_dir) or {}).get("config_digest") == digest:
             return run_dir
     return None

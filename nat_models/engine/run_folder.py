@@ -89,8 +89,7 @@ def record_run(
     path, record = run_dir / "manifest.json", manifest(config.seed, datamodule, world_size, device, patch)
     if patch:
         replace_file(run_dir / f"changes-{record['git']['changes'][:12]}.patch", patch)
-    if path.exists():
-        first = json.loads(path.read_text())
+    if (first := read_manifest(run_dir)) is not None:
         record = first | {"resumed": [*first.get("resumed", []), record]}
     replace_file(path, (json.dumps(record | {"config_digest": digest}, indent=2) + "\n").encode())
 
@@ -102,6 +101,17 @@ def read_data_config(run_dir: Path) -> dict[str, Any]:
     height, width = (img_size, img_size) if isinstance(img_size, int) else img_size
     same = {key: data[key] for key in ("mean", "std", "interpolation", "crop_pct")}
     return {"input_size": (data.get("in_chans", 3), height, width)} | same
+
+
+def read_manifest(run_dir: Path) -> dict[str, Any] | None:
+    """What `manifest.json` of a run folder holds, or None if there is none; ValueError if it is damaged."""
+    path = run_dir / "manifest.json"
+    if not path.is_file():
+        return None
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ValueError(f"{str(path)!r} is damaged: {error}; copy it again, or remove it") from error
 
 
 def read_results(folder: Path) -> dict[str, Any] | None:

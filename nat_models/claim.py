@@ -1,4 +1,4 @@
-"""A run folder belongs to one training at a time."""
+"""A folder that a command writes belongs to one such command at a time."""
 
 import errno
 import fcntl
@@ -11,17 +11,21 @@ CLAIM = ".claim"
 _claims: list[IO[str]] = []  # a file that is closed, or collected as garbage, lets the folder go
 
 
-def claim_folder(run_dir: Path) -> None:
-    """Keeps a run folder, created if missing, to this process until it ends, however it ends.
+def claim_folder(folder: Path, argument: str) -> None:
+    """Keeps a folder, created if missing, to this process until it ends, however it ends.
 
     By a lock of the process on a file, which its loaders' workers do not inherit. File systems without locks are not
     guarded.
 
+    Args:
+        folder: the folder.
+        argument: what to call it in the error.
+
     Raises:
         ValueError: another process has it.
     """
-    run_dir.mkdir(parents=True, exist_ok=True)
-    file = open(run_dir / CLAIM, "a+")
+    folder.mkdir(parents=True, exist_ok=True)
+    file = open(folder / CLAIM, "a+")
     try:
         fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except OSError as error:
@@ -29,7 +33,8 @@ def claim_folder(run_dir: Path) -> None:
             return
         file.seek(0)
         raise ValueError(
-            f"run_dir={str(run_dir)!r} is in use by {file.read().strip()}; wait for its end, or set another run_dir"
+            f"{argument}={str(folder)!r} is in use by {file.read().strip()}; wait for its end, "
+            f"or set another {argument}"
         ) from None
     file.truncate(0)
     file.write(f"process {os.getpid()} on {platform.node()}\n")
