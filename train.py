@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import hydra
+import torch
 from omegaconf import DictConfig
 
 from nat_models.data import VideoDataModule
@@ -21,7 +22,7 @@ from nat_models.engine.build import (
     prepare_process,
 )
 from nat_models.engine.checkpoint import best_checkpoint
-from nat_models.engine.errors import RUN_ERRORS, SETUP_ERRORS, exit_on
+from nat_models.engine.errors import RUN_ERRORS, SETUP_ERRORS, exit_on, in_sweep
 from nat_models.engine.evaluation import evaluate, save_evaluation
 from nat_models.engine.files import remove_if_empty
 from nat_models.engine.plots import plot_curves
@@ -82,6 +83,8 @@ def main(cfg: DictConfig) -> float:
     if trainer.is_global_zero:
         title = f"{checkpoint.stem.capitalize()} checkpoint (epoch {evaluation.epoch}) on the validation split"
         print_table(title, result_rows(evaluation, static, seconds, datamodule) | {"Run folder": str(run_dir)})
+    if torch.distributed.is_initialized() and not in_sweep():
+        torch.distributed.destroy_process_group()  # lest its threads outlive what they use
     return evaluation.metrics[cfg.optimized_metric]
 
 
