@@ -227,8 +227,8 @@ def test_a_clip_gets_the_same_parameters_for_all_its_frames():
         result = augment(clip)
         assert result.shape == (3, 6, 32, 24) and result.dtype == torch.uint8
         assert torch.equal(result, result[:, :1].expand_as(result))
-        seen.add(result.sum().item())
-    assert len(seen) == 20
+        seen.add(result.numpy().tobytes())
+    assert len(seen) > 15  # chance may repeat itself, or make all pixels black
 
 
 def test_flips_are_off_where_asked():
