@@ -28,10 +28,14 @@ from timing import CACHE, PASSES, TOLERANCE, milliseconds, provenance
 from torch import Tensor, nn
 
 from fused_na import neighborhood_attention, packed_neighborhood_attention
-from nat_models.layers import NeighborhoodAttention, NeighborhoodAttention1D, NeighborhoodAttention2D
-from nat_models.layers import NeighborhoodAttention3D as Attention3D
+from nat_models.layers import (
+    NeighborhoodAttention,
+    NeighborhoodAttention1D,
+    NeighborhoodAttention2D,
+    NeighborhoodAttention3D,
+)
 
-ATTENTION = (NeighborhoodAttention1D, NeighborhoodAttention2D, Attention3D)
+ATTENTION = (NeighborhoodAttention1D, NeighborhoodAttention2D, NeighborhoodAttention3D)
 Part = Callable[[Tensor], Tensor]
 
 
