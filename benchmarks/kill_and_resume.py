@@ -96,8 +96,8 @@ def main() -> None:
             print(f"killed after {moment:5.2f} s, went on from step {step or 0:3d}: {outcome}", flush=True)
             row = {"killed_after_s": round(moment, 2), "resumed_from_step": step or 0, "differences": len(found)}
             rows.append({"settings": " ".join(arguments.overrides)} | row | where)
-    if arguments.output is not None:
-        write_csv(arguments.output, rows)
+            if arguments.output is not None:
+                write_csv(arguments.output, rows)
     sys.exit(any(row["differences"] for row in rows))
 
 

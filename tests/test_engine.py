@@ -245,6 +245,18 @@ def test_compile_takes_the_modes_of_torch_compile(monkeypatch):
         ClassificationModule("test_vit", 10, compile="fast")
 
 
+def test_models_compiled_one_after_the_other_share_nothing(monkeypatch):
+    """As in a sweep, whose runs share a process: past the limit of recompilation a model would run without it."""
+    monkeypatch.setattr(torch._dynamo.config, "recompile_limit", 2)
+    monkeypatch.setattr(torch._dynamo.config, "fail_on_recompile_limit_hit", True)
+    compile = torch.nn.Module.compile
+    monkeypatch.setattr(torch.nn.Module, "compile", lambda self, mode: compile(self, backend="eager"))
+    for num_classes in range(10, 14):
+        module = ClassificationModule("test_vit", num_classes, compile=True)
+        module.setup("fit")
+        assert module(torch.randn(2, 3, 160, 160)).shape == (2, num_classes)
+
+
 def test_a_mistake_in_a_sweep_ends_its_run_alone(monkeypatch, capsys):
     for in_sweep, ends in ((False, SystemExit), (True, ValueError)):  # all of it, or what Hydra takes for a failed run
         monkeypatch.setattr(errors, "in_sweep", lambda in_sweep=in_sweep: in_sweep)

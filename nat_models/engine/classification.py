@@ -134,6 +134,7 @@ class ClassificationModule(lightning.LightningModule):
     def setup(self, stage: str) -> None:
         compile = self.hparams["compile"]
         if compile:
+            torch.compiler.reset()  # what another model of this process has left, graphs and limits of recompilation
             self.model.compile(mode=None if compile is True else compile)
 
     def configure_model(self) -> None:
