@@ -24,7 +24,18 @@ from triton.runtime import interpreter
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from fused_na import merge_attentions, na2d, neighborhood_attention, ops, packed_neighborhood_attention
-from fused_na.triton import attention, bulk_copy, gpu, neighborhood, plan, prepare, query_bias, query_bias_clips, walk
+from fused_na.triton import (
+    attention,
+    bias_places,
+    bulk_copy,
+    gpu,
+    neighborhood,
+    plan,
+    prepare,
+    query_bias,
+    query_bias_clips,
+    walk,
+)
 from fused_na.triton.geometry import PARTIAL_BYTES, Geometry, divisor
 from fused_na.triton.launch import Prepared
 from fused_na.triton.problem import Tensors, problem_of
@@ -479,20 +490,57 @@ def test_copy_of_the_bias(dtype: torch.dtype) -> None:
 
 
 @triton.jit
-def shares_kernel(tiles, shares, before, alike, box):
-    """The tiles of each share of the tiles of queries, `[shares, 64, 3]`."""
-    before, alike, box = query_bias.plain(before), query_bias.plain(alike), query_bias.plain(box)
-    shares = query_bias.plain(shares)
-    t, h, w = query_bias.unravel_along(tl.program_id(0), shares)
-    tile_t, tiles_t = query_bias.share_on_axis(t, before[0], alike[0], box[0])
-    tile_h, tiles_h = query_bias.share_on_axis(h, before[1], alike[1], box[1])
-    tile_w, tiles_w = query_bias.share_on_axis(w, before[2], alike[2], box[2])
+def places_kernel(kinds, tiles, before, alike, box, places):
+    """Class of each place, `[places]`, and its tiles of queries, `[places, 64, 3]`."""
+    before, alike = bias_places.plain(before), bias_places.plain(alike)
+    box, places = bias_places.plain(box), bias_places.plain(places)
+    place = tl.program_id(0)
+    kind, share = bias_places.share_of_place(place, before, bias_places.groups_of(alike, box), places)
+    tl.store(kinds + place, kind)
+    tile_t, tiles_t = bias_places.tiles_of_share(share[0], before[0], alike[0], box[0])
+    tile_h, tiles_h = bias_places.tiles_of_share(share[1], before[1], alike[1], box[1])
+    tile_w, tiles_w = bias_places.tiles_of_share(share[2], before[2], alike[2], box[2])
     for index in range(tiles_t * tiles_h * tiles_w):
-        t, h, w = query_bias.unravel_along(index, (tiles_t, tiles_h, tiles_w))
-        place = tiles + (tl.program_id(0) * 64 + index) * 3
-        tl.store(place, tile_t + t)
-        tl.store(place + 1, tile_h + h)
-        tl.store(place + 2, tile_w + w)
+        t, h, w = bias_places.unravel_along(index, (tiles_t, tiles_h, tiles_w))
+        tile = tiles + (place * 64 + index) * 3
+        tl.store(tile, tile_t + t)
+        tl.store(tile + 1, tile_h + h)
+        tl.store(tile + 2, tile_w + w)
+
+
+def kinds_of_places(axes: tuple[Axis, ...], prepared: Prepared, extent: Extent) -> list[int]:
+    """Class of each place by the kernel's rule, once it is seen that they are in order, and that places have all tiles
+    of their classes, each once."""
+    classes, arguments = slots.classes_of(axes), prepared.launches[1].arguments
+    count = prod(bias_places.plain.fn(arguments["places"]))
+    kinds = torch.full((count,), -1, dtype=torch.int32)
+    tiles = torch.full((count, 64, 3), -1, dtype=torch.int32)
+    places_kernel[(count,)](kinds, tiles, *(arguments[name] for name in ("before", "alike", "box", "places")))
+    begins: list[list[tuple[int, ...]]] = [[] for _ in classes]
+    for kind, own in zip(kinds.tolist(), tiles, strict=True):
+        begins[kind] += [tuple(begin) for begin in (own[own[:, 0] >= 0] * torch.tensor(extent)).tolist()]
+    assert [sorted(own) for own in begins] == [sorted(own) for _, own in classes]
+    assert kinds.tolist() == sorted(kinds.tolist())
+    return kinds.tolist()
+
+
+def fold_and_compare(axes: tuple[Axis, ...], prepared: Prepared, rpb: Tensor, kind_of_row: dict[int, int]) -> None:
+    """The gradient of the bias from random sums in the rows of classes, and none in others."""
+    shape = prepared.workspaces["partial"]
+    assert max(kind_of_row) == shape[1] - 1
+    partial = torch.full(shape, torch.nan)
+    partial[:, list(kind_of_row)] = torch.randn(len(rpb), len(kind_of_row), *shape[2:])
+    prepared.launches[1]({"grad_rpb": rpb.fill_(torch.nan), "partial": partial})
+
+    positions = slots.relative_positions(axes).unflatten(1, (-1, *shape[2:4])).movedim(1, 3)
+    groups = shape[4] - positions.shape[3]  # one more where groups come in pairs, which is none
+    positions = torch.nn.functional.pad(positions, (0, 0, 0, groups), value=-1)
+    assert positions.shape[1:] == shape[2:] and 0 <= groups <= 1
+    expected = torch.zeros(len(rpb), rpb[0].numel(), dtype=torch.float64)
+    for row, kind in kind_of_row.items():
+        numbers = positions[kind].flatten()
+        expected.index_add_(1, numbers[numbers >= 0], partial[:, row].double().flatten(1)[:, numbers >= 0])
+    torch.testing.assert_close(rpb.flatten(1).double(), expected, rtol=1e-5, atol=1e-4)
 
 
 def prepare_query_bias(
@@ -529,45 +577,14 @@ def test_sums_of_the_bias_gradient(
     """What follows the kernel that takes the query's gradient as well, on random sums in its place."""
     monkeypatch.setattr(prepare, "PROGRAMS", {2: 40, 3: 20})
     geometry, prepared, rpb = prepare_query_bias(axes, batch, heads, monkeypatch)
-    assert prod(prepared.workspaces["summed"]) <= prod(prepared.workspaces["partial"])
-    main, *others = prepared.launches
-
-    arguments = main.arguments
-    along, chunks = query_bias.plain.fn(arguments["shares"]), ceil(batch / arguments["samples_per_program"])
+    main = prepared.launches[0]
+    assert main.kernel is query_bias.query_bias_kernel
+    chunks = ceil(batch / main.arguments["samples_per_program"])
     chunks *= prod(axis.dilation for axis in axes)  # which a relative position does not depend on, as on the group
     axes = tuple(axis._replace(length=axis.length // axis.dilation, dilation=1) for axis in axes)
-    positions = slots.relative_positions(axes)
-    partial = torch.randn(chunks, heads, prod(along), *positions.shape[1:])
-    workspaces = {"partial": partial, "summed": torch.full(prepared.workspaces["summed"], torch.nan)}
-    assert partial.numel() == prod(prepared.workspaces["partial"])
-    for other in others:
-        other({"grad_rpb": rpb.fill_(torch.nan), **workspaces})
-
-    # The tiles of each share by the kernel's rule: of one class, and each in one share.
-    tiles = torch.full((prod(along), 64, 3), -1, dtype=torch.int32)
-    shares_kernel[(prod(along),)](tiles, *(arguments[name] for name in ("shares", "before", "alike", "box")))
-    class_of = {begin: kind for kind, (_, begins) in enumerate(slots.classes_of(axes)) for begin in begins}
-    extent = torch.tensor(plan.choose_tiles("query_bias", geometry.workload).query)
-    begins = [[tuple(tile) for tile in (share[share[:, 0] >= 0] * extent).tolist()] for share in tiles]
-    assert sorted(begin for share in begins for begin in share) == sorted(class_of)
-    kinds = torch.tensor([class_of[share[0]] for share in begins])
-    assert all(class_of[begin] == class_of[share[0]] for share in begins for begin in share)
-
-    expected = torch.zeros(heads, rpb[0].numel(), dtype=torch.float64)
-    for kind, numbers in enumerate(positions.flatten(1)):
-        total = partial.double()[:, :, kinds == kind].sum((0, 2)).flatten(1)
-        expected.index_add_(1, numbers[numbers >= 0], total[:, numbers >= 0])
-    torch.testing.assert_close(rpb.flatten(1).double(), expected, rtol=1e-5, atol=1e-4)
-
-
-@triton.jit
-def places_kernel(results, before, alike, places):
-    """Class and tile of queries of each place, `[places, 4]`."""
-    before, alike, places = query_bias.plain(before), query_bias.plain(alike), query_bias.plain(places)
-    kind, tile = query_bias_clips.place_of(tl.program_id(0), before, alike, places)
-    tl.store(results + tl.program_id(0) * 4, kind)
-    for axis in tl.static_range(3):
-        tl.store(results + tl.program_id(0) * 4 + 1 + axis, tile[axis])
+    kinds = kinds_of_places(axes, prepared, plan.choose_tiles("query_bias", geometry.workload).query)
+    assert main.arguments["chunks"] == chunks and main.grid[0] == heads * len(kinds) * chunks
+    fold_and_compare(axes, prepared, rpb, {row: kinds[row // chunks] for row in range(len(kinds) * chunks)})
 
 
 @pytest.mark.parametrize(
@@ -587,40 +604,21 @@ def test_rows_of_the_bias_gradient(
     """What follows the kernel for several clips, on random sums in its place."""
     monkeypatch.setattr(prepare, "CLIPS_PROGRAMS", programs)
     geometry, prepared, rpb = prepare_query_bias(axes, batch, heads, monkeypatch)
-    main, fold = prepared.launches
+    main = prepared.launches[0]
     assert main.kernel is query_bias_clips.query_bias_clips_kernel
     assert main.grid[0] <= max(programs, heads)
+    kinds = kinds_of_places(axes, prepared, plan.choose_tiles("query_bias", geometry.workload).query)
 
-    # Places by the kernel's rule: in the order of their classes.
-    arguments, classes = main.arguments, slots.classes_of(axes)
-    kinds = [kind for kind, (_, begins) in enumerate(classes) for _ in begins]
-    order = torch.full((len(kinds), 4), -1, dtype=torch.int32)
-    places_kernel[(len(kinds),)](order, *(arguments[name] for name in ("before", "alike", "places")))
-    extent = torch.tensor(plan.choose_tiles("query_bias", geometry.workload).query)
-    assert order[:, 0].tolist() == kinds
-    assert [tuple(tile) for tile in (order[:, 1:] * extent).tolist()] == [x for _, begins in classes for x in begins]
-
-    # A row for each class of each program; nothing is read of the others.
+    # A row for each class of each program.
+    arguments = main.arguments
     chunks, share = ceil(batch / 4), arguments["share"]
     assert (arguments["chunks"], arguments["items"]) == (chunks, len(kinds) * chunks)
-    kind_of_row = {}
+    assert main.grid[0] == heads * ceil(arguments["items"] / share)
+    kind_of_row: dict[int, int] = {}
     for item in range(arguments["items"]):
         kind = kinds[item // chunks]
         assert kind_of_row.setdefault(item // share + kind, kind) == kind
-    shape = prepared.workspaces["partial"]
-    partial = torch.full(shape, torch.nan)
-    assert max(kind_of_row) == shape[1] - 1 and main.grid[0] == heads * ceil(arguments["items"] / share)
-    partial[:, list(kind_of_row)] = torch.randn(heads, len(kind_of_row), *shape[2:])
-    fold({"grad_rpb": rpb.fill_(torch.nan), "partial": partial})
-
-    positions = slots.relative_positions(axes).unflatten(1, (-1, *shape[2:4])).movedim(1, 3)
-    positions = torch.nn.functional.pad(positions, (0, 0, 0, 1), value=-1)  # the last group of a pair that is none
-    assert positions.shape[1:] == shape[2:]
-    expected = torch.zeros(heads, rpb[0].numel(), dtype=torch.float64)
-    for row, kind in kind_of_row.items():
-        numbers = positions[kind].flatten()
-        expected.index_add_(1, numbers[numbers >= 0], partial[:, row].double().flatten(1)[:, numbers >= 0])
-    torch.testing.assert_close(rpb.flatten(1).double(), expected, rtol=1e-5, atol=1e-4)
+    fold_and_compare(axes, prepared, rpb, kind_of_row)
 
 
 @pytest.mark.parametrize("has_rpb", [True, False], ids=["rpb", "additional"])

@@ -6,21 +6,21 @@ from math import ceil, prod
 from typing import Any
 
 from fused_na.triton.backward import additional_kernel, bias_fold_kernel, bias_kernel, key_value_kernel, query_kernel
+from fused_na.triton.fold_rows import fold_rows_kernel
 from fused_na.triton.forward import forward_kernel
 from fused_na.triton.forward_wide import forward_wide_kernel
 from fused_na.triton.geometry import PARTIAL_BYTES, Geometry
 from fused_na.triton.key_value_wide import key_value_wide_kernel
 from fused_na.triton.launch import Launch, Prepared
 from fused_na.triton.problem import Problem
-from fused_na.triton.query_bias import fold_kernel, query_bias_kernel, sum_kernel
-from fused_na.triton.query_bias_clips import fold_rows_kernel, query_bias_clips_kernel
+from fused_na.triton.query_bias import query_bias_kernel
+from fused_na.triton.query_bias_clips import query_bias_clips_kernel
 from fused_na.triton.query_wide import query_wide_kernel
-from fused_na.triton.slots import CLIPS_PROGRAMS, PROGRAMS, SAMPLES, SLOT, odd, shares
+from fused_na.triton.slots import CLIPS_PROGRAMS, PROGRAMS, SAMPLES, SLOT, Slots, odd, shares
 from fused_na.triton.tiles import Extent, Tiles, as_three_axes, half
 from fused_na.window import Axis
 
 LEAST_CLIPS = 3  # for `query_bias_clips_kernel`, which leaves one warp of four idle then
-SPLITS = 16  # most parts in which the programs of a class are added up
 
 
 def _forward(geometry: Geometry, tiles: Tiles) -> Prepared:
@@ -101,71 +101,55 @@ def _query_bias(geometry: Geometry, tiles: Tiles) -> Prepared:
         clips = _query_bias_clips(geometry, tiles)
         if 4 * prod(clips.workspaces["partial"]) <= PARTIAL_BYTES:
             return clips
-    slots, heads, rpb = geometry.slots, geometry.heads, geometry.problem.grad_rpb
-    assert rpb is not None
+    slots, heads = geometry.slots, geometry.heads
     wanted = PROGRAMS[len(geometry.problem.axes)]
     box, samples = shares(slots, heads * geometry.groups, geometry.batch, wanted, PARTIAL_BYTES)
-    along, chunks = slots.shares(box), ceil(geometry.batch / samples) * geometry.groups
-    programs = chunks * heads * prod(along)
-    splits = min(SPLITS, ceil(programs / (heads * slots.classes)))
-    own: dict[str, Any] = {
-        "before": odd(slots.before),
-        "alike": odd(slots.alike),
-        "box": odd(box),
-        "shares": odd(along),
-        "samples_per_program": samples,
-        "chunks": chunks,
-        "splits": splits,
-        "COUNTS": slots.counts,
-        "programs": programs,
-    }
+    places, chunks = slots.shares(box), ceil(geometry.batch / samples) * geometry.groups
+    rows = prod(places) * chunks
+    own = _sums(slots, box, places, groups=slots.counts[0] * 2 + 3)
+    own |= {"chunks": chunks, "share": 1, "rows": rows, "MIXED": False}
+    own |= {"samples_per_program": samples, "programs": rows * heads}
     moving = {"key": tiles.key, "value": tiles.key}
     read = "query", "grad_output", "output"
-    rest = geometry.arguments | own | {"QUERY_TILE": tiles.query, "KEY_TILE": tiles.key, "SLOTS": slots.number}
-    rest |= {"classes": odd(slots.shares(slots.alike)), "num_warps": 1}
-    for name, axis in zip("thw", as_three_axes(geometry.problem.axes), strict=True):
-        rest[f"length_{name}"] = axis.length // axis.dilation
-    launches = [
-        geometry.launch(query_bias_kernel, tiles, tiles.query, heads, moving, read, **own),
-        Launch(sum_kernel, splits * heads * slots.classes * slots.number, rest),
-        Launch(fold_kernel, prod(rpb.shape), rest),
-    ]
-    workspaces = {
-        "partial": (programs, slots.number, SLOT),
-        "summed": (splits, heads, slots.classes, slots.number, SLOT),
-    }
-    return Prepared(launches, workspaces)
+    launch = geometry.launch(query_bias_kernel, tiles, tiles.query, heads, moving, read, **own)
+    at_once = {"CLASSES": 2, "ROWS": 32, "WIDTH": 4, "num_warps": 4}
+    return _with_fold(geometry, tiles, launch, own, at_once)
 
 
 def _query_bias_clips(geometry: Geometry, tiles: Tiles) -> Prepared:
-    slots, heads, rpb = geometry.slots, geometry.heads, geometry.problem.grad_rpb
-    assert rpb is not None
-    along, chunks = slots.shares((1, 1, 1)), ceil(geometry.batch / SAMPLES)
-    items = prod(along) * chunks
+    slots, heads = geometry.slots, geometry.heads
+    box = 1, 1, 1
+    places, chunks = slots.shares(box), ceil(geometry.batch / SAMPLES)
+    items = prod(places) * chunks
     share = ceil(items / max(1, CLIPS_PROGRAMS // heads))
     programs = ceil(items / share)
-    rows, groups = programs + slots.classes - 1, (slots.counts[0] + 2) * 2
-    own: dict[str, Any] = {
-        "before": odd(slots.before),
-        "alike": odd(slots.alike),
-        "places": odd(along),
-        "chunks": chunks,
-        "items": items,
-        "share": share,
-        "rows": rows,
-        "COUNTS": slots.counts,
-        "programs": programs * heads,
-        "num_warps": SAMPLES,
-    }
+    own = _sums(slots, box, places, groups=(slots.counts[0] + 2) * 2)
+    own |= {"chunks": chunks, "share": share, "rows": programs + slots.classes - 1, "MIXED": True}
+    own |= {"items": items, "programs": programs * heads, "num_warps": SAMPLES}
     read = {"query": tiles.query, "key": tiles.key, "value": tiles.key}
     read |= {"grad_output": tiles.query, "output": tiles.query}
-    rest = geometry.arguments | own | {"QUERY_TILE": tiles.query, "KEY_TILE": tiles.key}
-    rest |= {"POSITIONS_AT_ONCE": 16, "num_warps": 8}
-    launches = [
-        geometry.launch(query_bias_clips_kernel, tiles, tiles.query, heads, read, samples=SAMPLES, **own),
-        Launch(fold_rows_kernel, heads * ceil(prod(rpb.shape[1:]) / 16), rest),
-    ]
-    return Prepared(launches, {"partial": (heads, rows, *slots.counts[1:], groups, SLOT)})
+    launch = geometry.launch(query_bias_clips_kernel, tiles, tiles.query, heads, read, samples=SAMPLES, **own)
+    return _with_fold(geometry, tiles, launch, own, {"CLASSES": 4, "ROWS": 2, "WIDTH": 16, "num_warps": 2})
+
+
+def _sums(slots: Slots, box: Extent, places: Extent, groups: int) -> dict[str, Any]:
+    """Where programs have their tiles of queries, and sums of how many groups of planes."""
+    extents = {"before": slots.before, "alike": slots.alike, "box": box, "places": places}
+    return {name: odd(extent) for name, extent in extents.items()} | {"COUNTS": slots.counts, "GROUPS": groups}
+
+
+def _with_fold(
+    geometry: Geometry, tiles: Tiles, launch: Launch, own: dict[str, Any], at_once: dict[str, int]
+) -> Prepared:
+    """A launch that leaves rows of sums, and what adds them up."""
+    rpb = geometry.problem.grad_rpb
+    assert rpb is not None
+    arguments = geometry.arguments | own | {"QUERY_TILE": tiles.query, "KEY_TILE": tiles.key} | at_once
+    for name, axis in zip("thw", as_three_axes(geometry.problem.axes), strict=True):
+        arguments[f"length_{name}"] = axis.length // axis.dilation
+    fold = Launch(fold_rows_kernel, prod(rpb.shape[:-1]) * ceil(rpb.shape[-1] / at_once["WIDTH"]), arguments)
+    partial = geometry.heads, own["rows"], *own["COUNTS"][1:], own["GROUPS"], SLOT
+    return Prepared([launch, fold], {"partial": partial})
 
 
 def _lead(axis: Axis, key_tile: int) -> int:

@@ -10,16 +10,15 @@ A tile of scores, 32 queries by 32 keys, is seen as planes: the pairs of the que
 group, which loads its biases once. A slot, `[lane, number]`, holds the sums of a group at one place along h and w of
 its tile of keys. Tiles of keys start at the first window of their tile of queries, so that slots mean the same relative
 positions wherever the first key less the first query is the same. Such tiles of queries make a class (`slots.py`), and
-a program never mixes classes. `sum_kernel` adds up the programs of a class, `fold_kernel` the classes.
+a program never mixes classes. `bias_places.py` tells where its sums go, and `fold_rows.py` adds them up.
 """
 
-import triton
-import triton.language as tl
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.ampere import mma_v2
 from triton.experimental.gluon.language.nvidia.hopper import fence_async_shared, mbarrier, tma
 
+from fused_na.triton.bias_places import groups_of, plain, share_of_place, tiles_of_share, unravel_along
 from fused_na.triton.neighborhood import (
     below,
     bias_center,
@@ -37,7 +36,6 @@ from fused_na.triton.slots import SLOT
 LOG2_E = gl.constexpr(1.4426950408889634)
 NUMBERS = gl.constexpr(4)  # of a thread in a plane
 SLOT_SIZE = gl.constexpr(SLOT)  # numbers of a warp in a plane
-CLASSES_AT_ONCE = tl.constexpr(16)
 
 
 @gluon.jit
@@ -73,18 +71,18 @@ def tile_of(groups, layout: gl.constexpr):
 
 
 @gluon.jit
-def accumulate(accumulators, grad_scores, slot, GROUP_STEP: gl.constexpr, lane_layout: gl.constexpr):
-    """Adds a tile's pairs to the slots of their groups, `GROUP_STEP` slots apart and the first one at `slot`."""
+def accumulate(accumulators, grad_scores, slot, lane_layout: gl.constexpr):
+    """Adds a tile's pairs to the slots of their groups, the first one at `slot`."""
     planes = planes_of(grad_scores, lane_layout)
     sums = gl.tuple(())
     for group in gl.static_range(5):
-        total = accumulators.index(slot + group * GROUP_STEP).load(lane_layout)
+        total = accumulators.index(slot + group).load(lane_layout)
         for i in gl.static_range(8):
             if i % 2 - i // 2 + 3 == group:
                 total = total + planes[i]
         sums = sums + (total,)
     for group in gl.static_range(5):
-        accumulators.index(slot + group * GROUP_STEP).store(sums[group])
+        accumulators.index(slot + group).store(sums[group])
 
 
 @gluon.jit
@@ -106,37 +104,6 @@ def following(step, counts, COUNTS: gl.constexpr):
         carry = t == counts[0]
         t = gl.where(carry, 0, t)
     return gl.where(carry, sample + 1, sample), t, h, w
-
-
-@triton.jit
-def plain(extent):
-    """An extent that the host made odd (`slots.odd`)."""
-    return (extent[0] >> 1) - 1, (extent[1] >> 1) - 1, (extent[2] >> 1) - 1
-
-
-@triton.jit
-def share_on_axis(index, before, alike, box):
-    """First tile of queries of a share along an axis, and how many it has: up to `box` of the `alike` ones."""
-    groups = tl.cdiv(alike, box)
-    group = index - before
-    is_alike = (group >= 0) & (group < groups)
-    other = tl.where(group < 0, index, index - groups + alike)
-    first = tl.where(is_alike, before + group * box, other)
-    return first, tl.where(is_alike, tl.minimum(box, alike - group * box), 1)
-
-
-@triton.jit
-def shares_of_class(index, before, alike, box):
-    """First share of a class along an axis, and how many it has."""
-    groups = tl.cdiv(alike, box)
-    return tl.where(index > before, index + groups - 1, index), tl.where(index == before, groups, 1)
-
-
-@triton.jit
-def unravel_along(index, extents):
-    """Coordinates `(t, h, w)` in extents that are not known when compiling."""
-    rest = index // extents[2]
-    return rest // extents[1], rest % extents[1], index % extents[2]
 
 
 @gluon.jit
@@ -165,7 +132,7 @@ def fill_own(tensors, own, own_full, origin, begin, head, exists):
         tma.async_copy_global_to_shared(tensors[i], place, own_full.index(0), own.index(i), pred=exists)
 
 
-@gluon.jit(do_not_specialize=["length_t", "length_h", "length_w", "batches", "heads", "samples_per_program"])
+@gluon.jit(do_not_specialize=["length_t", "length_h", "length_w", "batches", "heads", "samples_per_program", "chunks"])
 def query_bias_kernel(
     query,
     key,
@@ -186,10 +153,11 @@ def query_bias_kernel(
     before,  # tiles of queries before those that are alike, along each axis: `slots.Slots`; odd, as the next three
     alike,
     box,  # of tiles that are alike, most of a program
-    shares,  # of the tiles, along each axis
+    places,  # shares of the tiles, along each axis
     batches,
     heads,
     samples_per_program,
+    chunks,  # of the samples, for each dilation group: programs of a head and place
     HEADS_PER_KV: gl.constexpr,
     KERNEL: gl.constexpr,
     STRIDE: gl.constexpr,
@@ -199,16 +167,16 @@ def query_bias_kernel(
     PACK: gl.constexpr,  # as in `query_kernel`
     DILATED: gl.constexpr,
     COUNTS: gl.constexpr,  # most tiles of keys of a tile of queries, along each axis
+    GROUPS: gl.constexpr,  # slots at a place of the tile of keys along h and w
     STAGES: gl.constexpr,
 ):
     """Gradients and `delta` of a share of the tiles of queries, of one head, one dilation group and some samples, and
-    its sums of `ds`: `partial` is `[programs, slots, lane, number]`. Query, key, value, incoming gradient and output as
-    descriptors; dilations divide the lengths."""
+    its sums of `ds`: `partial` is `[heads, rows, h, w, group, lane, number]`. Query, key, value, incoming gradient and
+    output as descriptors; dilations divide the lengths."""
     gl.static_assert(QUERY_TILE[0] == 4 and QUERY_TILE[1] * QUERY_TILE[2] == 8)
     gl.static_assert(KEY_TILE[0] == 2 and KEY_TILE[1] * KEY_TILE[2] == 16)
     HEAD_DIM: gl.constexpr = query.block_type.shape[4]
-    GROUP_STEP: gl.constexpr = COUNTS[1] * COUNTS[2]
-    SLOTS: gl.constexpr = (COUNTS[0] * 2 + 3) * GROUP_STEP
+    SLOTS: gl.constexpr = COUNTS[1] * COUNTS[2] * GROUPS
     QUERY_PLANE: gl.constexpr = (1, QUERY_TILE[1], QUERY_TILE[2])
     KEY_PLANE: gl.constexpr = (1, KEY_TILE[1], KEY_TILE[2])
     layout: gl.constexpr = gl.NVMMADistributedLayout(version=[2, 0], warps_per_cta=[1, 1], instr_shape=[16, 8])
@@ -234,17 +202,17 @@ def query_bias_kernel(
     ring = (key, value, keys, values, full)
     own_tensors = (query, grad_output, output)
 
-    before, alike, box, shares = plain(before), plain(alike), plain(box), plain(shares)
-    pid = gl.program_id(0)
-    all_shares = shares[0] * shares[1] * shares[2]
-    rest = pid // all_shares
-    share = unravel_along(pid % all_shares, shares)
-    tile_t, tiles_t = share_on_axis(share[0], before[0], alike[0], box[0])
-    tile_h, tiles_h = share_on_axis(share[1], before[1], alike[1], box[1])
-    tile_w, tiles_w = share_on_axis(share[2], before[2], alike[2], box[2])
-    head = rest % heads
+    before, alike, box, places = plain(before), plain(alike), plain(box), plain(places)
+    pid = gl.program_id(0)  # the row that it leaves
+    chunk, rest = pid % chunks, pid // chunks
+    all_places = places[0] * places[1] * places[2]
+    kind, share = share_of_place(rest % all_places, before, groups_of(alike, box), places)
+    tile_t, tiles_t = tiles_of_share(share[0], before[0], alike[0], box[0])
+    tile_h, tiles_h = tiles_of_share(share[1], before[1], alike[1], box[1])
+    tile_w, tiles_w = tiles_of_share(share[2], before[2], alike[2], box[2])
+    head = rest // all_places
     head_kv = head // HEADS_PER_KV
-    dilation_group, chunk = (0, 0, 0), rest // heads
+    dilation_group = (0, 0, 0)
     lengths = (length_t, length_h, length_w)
     if DILATED:
         all_groups = dilations[0] * dilations[1] * dilations[2]
@@ -332,7 +300,7 @@ def query_bias_kernel(
                 ahead = following(ahead, counts, COUNTS)
                 fill_stage = gl.where(fill_stage == STAGES - 1, 0, fill_stage + 1)
 
-                slot = (step[1] * 2 * COUNTS[1] + step[2]) * COUNTS[2] + step[3]
+                slot = (step[2] * COUNTS[2] + step[3]) * GROUPS + step[1] * 2
                 key_begin = tile_begin(start, step, KEY_TILE)
                 step = following(step, counts, COUNTS)
                 apart = (key_begin[0] - begin[0], key_begin[1] - begin[1], key_begin[2] - begin[2])
@@ -355,7 +323,7 @@ def query_bias_kernel(
                 probabilities = gl.exp2(scores - gl.where(is_inside, row_lse[:, None], float("inf")))
                 grad_scores = probabilities * mma_v2(grad_o, v.permute((1, 0)).load(right), minus_delta)
                 grad_q = mma_v2(gl.convert_layout(grad_scores.to(key.dtype), left), k.load(right), grad_q)
-                accumulate(accumulators, grad_scores, slot, GROUP_STEP, lane_layout)
+                accumulate(accumulators, grad_scores, slot, lane_layout)
 
                 phase = gl.where(stage == STAGES - 1, phase ^ 1, phase)
                 stage = gl.where(stage == STAGES - 1, 0, stage + 1)
@@ -369,122 +337,3 @@ def query_bias_kernel(
     own_numbers = partial + pid * (SLOTS * SLOT_SIZE) + (lane * NUMBERS)[:, None] + number[None, :]
     for written in range(SLOTS):
         gl.store(own_numbers + written * SLOT_SIZE, accumulators.index(written).load(lane_layout))
-
-
-@triton.jit(do_not_specialize=["chunks", "heads", "splits"])
-def sum_kernel(
-    partial,
-    summed,
-    before,
-    alike,
-    box,
-    shares,
-    classes,  # along each axis
-    chunks,  # of the samples, for each dilation group
-    heads,
-    splits,
-    SLOTS: tl.constexpr,
-):
-    """Adds up a slot over one of `splits` parts of the programs of a class and head: `summed` is
-    `[splits, heads, classes, slots, lane, number]`."""
-    before, alike, box, shares, classes = plain(before), plain(alike), plain(box), plain(shares), plain(classes)
-    pid = tl.program_id(0)
-    number = tl.arange(0, SLOT_SIZE)
-    slot, rest = pid % SLOTS, pid // SLOTS
-    all_classes = classes[0] * classes[1] * classes[2]
-    kind = unravel_along(rest % all_classes, classes)
-    rest = rest // all_classes
-    head, split = rest % heads, rest // heads
-    first_t, count_t = shares_of_class(kind[0], before[0], alike[0], box[0])
-    first_h, count_h = shares_of_class(kind[1], before[1], alike[1], box[1])
-    first_w, count_w = shares_of_class(kind[2], before[2], alike[2], box[2])
-    programs = count_t * count_h * count_w * chunks
-    per_split = tl.cdiv(programs, splits)
-    begin = split * per_split
-    rest, h, w = unravel_along(begin, (count_t, count_h, count_w))
-    chunk, t = rest // count_t, rest % count_t
-    total = tl.zeros([SLOT_SIZE], tl.float32)
-    for _ in tl.range(begin, tl.minimum(begin + per_split, programs), num_stages=1, loop_unroll_factor=8):
-        share = ((first_t + t) * shares[1] + first_h + h) * shares[2] + first_w + w
-        program = (chunk * heads + head) * (shares[0] * shares[1] * shares[2]) + share
-        total += tl.load(partial + (program * SLOTS + slot) * SLOT_SIZE + number)
-        w += 1
-        h = tl.where(w == count_w, h + 1, h)
-        w = tl.where(w == count_w, 0, w)
-        t = tl.where(h == count_h, t + 1, t)
-        h = tl.where(h == count_h, 0, h)
-        chunk = tl.where(t == count_t, chunk + 1, chunk)
-        t = tl.where(t == count_t, 0, t)
-    tl.store(summed + pid * SLOT_SIZE + number, total)
-
-
-@triton.jit
-def slot_of(
-    position,
-    query,
-    begin,
-    start,
-    KERNEL: tl.constexpr,
-    QUERY_TILE: tl.constexpr,
-    KEY_TILE: tl.constexpr,
-    COUNTS: tl.constexpr,
-):
-    """Where one of a plane's 8 queries meets a relative position, in tiles of queries that begin at `begin` and whose
-    first key is `start`: whether it does, the slot's indices (`slots.Slots`) and the number in the slot."""
-    inner = unravel(query, QUERY_TILE)
-    # The key's place in the tiles of keys; along t less that of the query's plane, which starts at the last one's.
-    t = begin[0] - start[0] + position[0] - (KERNEL[0] - 1) + (QUERY_TILE[0] - 1)
-    h = begin[1] - start[1] + position[1] - (KERNEL[1] - 1) + inner[1]
-    w = begin[2] - start[2] + position[2] - (KERNEL[2] - 1) + inner[2]
-    exists = (t >= 0) & (t < COUNTS[0] * KEY_TILE[0] + QUERY_TILE[0] - 1)
-    exists &= (h >= 0) & (h < COUNTS[1] * KEY_TILE[1]) & (w >= 0) & (w < COUNTS[2] * KEY_TILE[2])
-    column = h % KEY_TILE[1] * KEY_TILE[2] + w % KEY_TILE[2]
-    # As the scores lie in a warp: 4 lanes a query, and of each lane two columns of each 8.
-    lane, number = query * 4 + column % 8 // 2, column // 8 * 2 + column % 2
-    return exists, t, h // KEY_TILE[1], w // KEY_TILE[2], lane * 4 + number
-
-
-@triton.jit(do_not_specialize=["length_t", "length_h", "length_w", "heads", "splits"])
-def fold_kernel(
-    summed,
-    grad_rpb,
-    length_t,
-    length_h,
-    length_w,
-    before,
-    alike,
-    classes,  # along each axis
-    heads,
-    splits,
-    KERNEL: tl.constexpr,
-    STRIDE: tl.constexpr,
-    CAUSAL: tl.constexpr,
-    QUERY_TILE: tl.constexpr,
-    KEY_TILE: tl.constexpr,
-    COUNTS: tl.constexpr,
-    SLOTS: tl.constexpr,
-):
-    """Adds up one relative position of one head: in a class each of a plane's 8 queries meets it in one slot."""
-    POSITIONS: tl.constexpr = (2 * KERNEL[0] - 1) * (2 * KERNEL[1] - 1) * (2 * KERNEL[2] - 1)
-    before, alike, classes = plain(before), plain(alike), plain(classes)
-    pid = tl.program_id(0)
-    head = pid // POSITIONS
-    position = unravel(pid % POSITIONS, (2 * KERNEL[0] - 1, 2 * KERNEL[1] - 1, 2 * KERNEL[2] - 1))
-    query = tl.arange(0, 8)[None, :]
-    all_classes = classes[0] * classes[1] * classes[2]
-    total = tl.zeros([CLASSES_AT_ONCE, 8], tl.float32)
-    for first in range(0, all_classes, CLASSES_AT_ONCE):
-        kind = first + tl.arange(0, CLASSES_AT_ONCE)[:, None]
-        kind_t, kind_h, kind_w = unravel_along(kind, classes)
-        begin_t = tl.where(kind_t > before[0], kind_t + alike[0] - 1, kind_t) * QUERY_TILE[0]
-        begin_h = tl.where(kind_h > before[1], kind_h + alike[1] - 1, kind_h) * QUERY_TILE[1]
-        begin_w = tl.where(kind_w > before[2], kind_w + alike[2] - 1, kind_w) * QUERY_TILE[2]
-        begin = (begin_t, begin_h, begin_w)
-        start, end = windows(begin, (length_t, length_h, length_w), KERNEL, STRIDE, CAUSAL)
-        exists, t, h, w, number = slot_of(position, query, begin, start, KERNEL, QUERY_TILE, KEY_TILE, COUNTS)
-        exists &= kind < all_classes
-        entry = (kind * SLOTS + (t * COUNTS[1] + h) * COUNTS[2] + w) * SLOT_SIZE + number
-        for split in tl.range(0, splits, num_stages=1, loop_unroll_factor=8):
-            rows = (split * heads + head) * all_classes * (SLOTS * SLOT_SIZE)
-            total += tl.load(summed + rows + entry, exists, other=0.0)
-    tl.store(grad_rpb + pid, tl.sum(tl.sum(total, 1), 0))

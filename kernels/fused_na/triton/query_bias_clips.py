@@ -9,19 +9,16 @@ that their biases and sums stay in registers. Each step completes two groups, a 
 and a step later, when all warps have staged theirs, every thread adds the samples' numbers, in order, to some of the
 sums. Again there are no atomics, and the order of additions is fixed.
 
-The places of a head, tiles of queries, are put in the order of their classes (`slots.py`). Each of them, with up to
-four samples, is an item, and programs have equal shares of the items. Where the class changes, a program writes its
-sums as a row and starts anew: row `program + class` of the head, since from a row to the next either program or class
-moves on by one. Where both do, a row is left out. `fold_rows_kernel` adds up all rows by relative position.
+The places of a head are tiles of queries, the items of programs such tiles with up to four samples (`bias_places.py`).
+Where the class changes, a program writes its sums as a row and starts anew.
 """
 
-import triton
-import triton.language as tl
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.ampere import mma_v2
 from triton.experimental.gluon.language.nvidia.hopper import fence_async_shared, mbarrier
 
+from fused_na.triton.bias_places import plain, share_of_place
 from fused_na.triton.neighborhood import (
     below,
     bias_center,
@@ -38,17 +35,12 @@ from fused_na.triton.query_bias import (
     SLOT_SIZE,
     fill,
     fill_own,
-    plain,
-    shares_of_class,
-    slot_of,
     split_planes,
     tile_of,
-    unravel_along,
 )
 from fused_na.triton.slots import SAMPLES
 
 WARPS = gl.constexpr(SAMPLES)  # of a program, each with a sample
-CLASSES_AT_ONCE = tl.constexpr(8)
 
 
 @gluon.jit
@@ -72,29 +64,6 @@ def add_staged(staged, accumulators, pair, layout: gl.constexpr):
     accumulators.index(pair).store(sums + gl.sum(staged.load(layout), 0))
 
 
-@triton.jit
-def class_on_axis(index, before, alike):
-    """Of a tile of queries along an axis: its class, that class's first tile, and how many tiles it has."""
-    is_before, is_after = index < before, index >= before + alike
-    kind = tl.where(is_before, index, tl.where(is_after, index - alike + 1, before))
-    first, size = shares_of_class(kind, before, alike, 1)
-    return kind, first, size
-
-
-@triton.jit
-def place_of(index, before, alike, places):
-    """Class and tile of queries `(t, h, w)` of a place; places are in the order of their classes."""
-    kind_t, first_t, size_t = class_on_axis(index // (places[1] * places[2]), before[0], alike[0])
-    index -= first_t * (places[1] * places[2])
-    kind_h, first_h, size_h = class_on_axis(index // (size_t * places[2]), before[1], alike[1])
-    index -= first_h * (size_t * places[2])
-    kind_w, first_w, size_w = class_on_axis(index // (size_t * size_h), before[2], alike[2])
-    index -= first_w * (size_t * size_h)
-    classes_h, classes_w = places[1] - alike[1] + 1, places[2] - alike[2] + 1
-    t, h, w = unravel_along(index, (size_t, size_h, size_w))
-    return (kind_t * classes_h + kind_h) * classes_w + kind_w, (first_t + t, first_h + h, first_w + w)
-
-
 @gluon.jit
 def item_of(
     index,
@@ -110,7 +79,7 @@ def item_of(
     KEY_TILE: gl.constexpr,
 ):
     """Class, first query, first key, counts of tiles of keys and first sample of an item."""
-    kind, tile = place_of(index // chunks, before, alike, places)
+    kind, tile = share_of_place(index // chunks, before, alike, places)
     begin = (tile[0] * QUERY_TILE[0], tile[1] * QUERY_TILE[1], tile[2] * QUERY_TILE[2])
     start, start_end = windows(begin, lengths, KERNEL, STRIDE, CAUSAL)
     last = clamped(begin, (QUERY_TILE[0] - 1, QUERY_TILE[1] - 1, QUERY_TILE[2] - 1), lengths)
@@ -395,60 +364,3 @@ def query_bias_clips_kernel(
                 accumulators.index(written).store(no_pair)
         ahead = (ahead[0] - 1, ahead[1], ahead[2], ahead[3])
         item = after
-
-
-@triton.jit(do_not_specialize=["length_t", "length_h", "length_w", "chunks", "share", "rows"])
-def fold_rows_kernel(
-    partial,
-    grad_rpb,
-    length_t,
-    length_h,
-    length_w,
-    before,
-    alike,
-    places,
-    chunks,
-    share,
-    rows,
-    KERNEL: tl.constexpr,
-    STRIDE: tl.constexpr,
-    CAUSAL: tl.constexpr,
-    QUERY_TILE: tl.constexpr,
-    KEY_TILE: tl.constexpr,
-    COUNTS: tl.constexpr,
-    POSITIONS_AT_ONCE: tl.constexpr,
-):
-    """Adds up some relative positions of one head: in a row each of a plane's 8 queries meets one in one slot."""
-    ALL_POSITIONS: tl.constexpr = (2 * KERNEL[0] - 1) * (2 * KERNEL[1] - 1) * (2 * KERNEL[2] - 1)
-    BLOCKS: tl.constexpr = (ALL_POSITIONS + POSITIONS_AT_ONCE - 1) // POSITIONS_AT_ONCE
-    GROUPS: tl.constexpr = (COUNTS[0] + 2) * 2  # with the one that fills the last pair
-    ROW: tl.constexpr = GROUPS * COUNTS[1] * COUNTS[2] * SLOT_SIZE
-    before, alike, places = plain(before), plain(alike), plain(places)
-    classes = places[0] - alike[0] + 1, places[1] - alike[1] + 1, places[2] - alike[2] + 1
-    all_classes = classes[0] * classes[1] * classes[2]
-    pid = tl.program_id(0)
-    head = pid // BLOCKS
-    flat = pid % BLOCKS * POSITIONS_AT_ONCE + tl.arange(0, POSITIONS_AT_ONCE)
-    position = unravel(flat[None, None, :], (2 * KERNEL[0] - 1, 2 * KERNEL[1] - 1, 2 * KERNEL[2] - 1))
-    query = tl.arange(0, 8)[None, :, None]
-    total = tl.zeros([CLASSES_AT_ONCE, 8, POSITIONS_AT_ONCE], tl.float32)
-    for first in range(0, all_classes, CLASSES_AT_ONCE):
-        kind = first + tl.arange(0, CLASSES_AT_ONCE)[:, None, None]
-        kind_t, kind_h, kind_w = unravel_along(kind, classes)
-        first_t, size_t = shares_of_class(kind_t, before[0], alike[0], 1)
-        first_h, size_h = shares_of_class(kind_h, before[1], alike[1], 1)
-        first_w, size_w = shares_of_class(kind_w, before[2], alike[2], 1)
-        begin = (first_t * QUERY_TILE[0], first_h * QUERY_TILE[1], first_w * QUERY_TILE[2])
-        start, end = windows(begin, (length_t, length_h, length_w), KERNEL, STRIDE, CAUSAL)
-        # A class has the rows of all programs from that of its first item to that of its last.
-        place = first_t * (places[1] * places[2]) + size_t * (first_h * places[2] + size_h * first_w)
-        item, item_end = place * chunks, (place + size_t * size_h * size_w) * chunks
-        count = tl.where(kind < all_classes, (item_end - 1) // share - item // share + 1, 0)
-        row = head * rows + kind + item // share
-
-        exists, t, h, w, number = slot_of(position, query, begin, start, KERNEL, QUERY_TILE, KEY_TILE, COUNTS)
-        entry = row * ROW + ((h * COUNTS[2] + w) * GROUPS + t) * SLOT_SIZE + number
-        for i in tl.range(0, tl.max(count), num_stages=1, loop_unroll_factor=8):
-            total += tl.load(partial + entry + i * ROW, exists & (i < count), other=0.0)
-    result = tl.sum(tl.sum(total, 1), 0)
-    tl.store(grad_rpb + head * ALL_POSITIONS + flat, result, flat < ALL_POSITIONS)
