@@ -26,6 +26,7 @@ from problems import SUITES, Problem
 from record import write_csv
 from timing import CACHE, PASSES, TOLERANCE, milliseconds, provenance
 from torch import Tensor, nn
+from turns import alone, join
 
 from fused_na import neighborhood_attention, packed_neighborhood_attention
 from nat_models.layers import (
@@ -104,7 +105,9 @@ def error_of(part: Part, inputs: Tensor, incoming: Tensor) -> float:
     return max(errors) if all(x.isfinite().all() for x in actual) else float("inf")
 
 
-def rows_of(case: str, problem: Problem, dtype: torch.dtype, device: torch.device, repeats: int) -> list[Row]:
+def rows_of(
+    case: str, problem: Problem, dtype: torch.dtype, device: torch.device, repeats: int, turns: Path | None
+) -> list[Row]:
     """One row for each part and pass."""
     rows: list[Row] = []
     for name, (part, parameters, (shape, input_dtype)) in parts(problem, dtype, device).items():
@@ -120,8 +123,9 @@ def rows_of(case: str, problem: Problem, dtype: torch.dtype, device: torch.devic
         def both(x: Tensor, part=part, parameters=parameters, incoming=incoming) -> object:
             return torch.autograd.grad(part(x), [x, *parameters], incoming)
 
-        forward = milliseconds([lambda x=x, part=part: part(x) for x in inputs], device, repeats)
-        total = milliseconds([lambda x=x, both=both: both(x) for x in inputs], device, repeats)
+        with alone(turns):
+            forward = milliseconds([lambda x=x, part=part: part(x) for x in inputs], device, repeats)
+            total = milliseconds([lambda x=x, both=both: both(x) for x in inputs], device, repeats)
         rows += [row | {"pass": "fwd", "status": "ok", "ms": forward}]
         rows += [row | {"pass": "bwd", "status": "ok", "ms": total - forward}]
     for row in rows:
@@ -139,15 +143,17 @@ def main() -> None:
     parser.add_argument("--dtype", choices=["bfloat16", "float16", "float32"], default="bfloat16")
     parser.add_argument("--quick", action="store_true", help="few repeats, for a first look")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--turns", type=Path, metavar="FILE", help="processes that name it take turns at timing")
     parser.add_argument("--commit", help="recorded instead of what git says, for a copy without its history")
     parser.add_argument("--out", type=Path, required=True, metavar="FILE.csv")
     options = parser.parse_args()
+    join(options.turns)
     device, dtype = torch.device(options.device), getattr(torch, options.dtype)
     where = provenance(device, options.commit)
     columns = ["case", "part", "pass", "dtype", "status", "ms", "share", "max_error"]
     rows: list[Row] = []
     for case in options.case or SUITES[options.suite]:
-        rows += rows_of(case, CASES[case], dtype, device, 3 if options.quick else 20)
+        rows += rows_of(case, CASES[case], dtype, device, 3 if options.quick else 20, options.turns)
         write_csv(options.out, [{name: row.get(name, "") for name in columns} | where for row in rows])
     print_table(rows, columns)
     sys.exit(any(row["status"] != "ok" for row in rows))

@@ -19,6 +19,7 @@ from problems import Problem
 from providers import fused_na
 from record import write_csv
 from timing import PASSES, measure, provenance
+from turns import join
 
 from fused_na.window import Axis
 
@@ -80,15 +81,18 @@ def main() -> None:
     parser.add_argument("--dtype", choices=["bfloat16", "float16", "float32"], default="bfloat16")
     parser.add_argument("--quick", action="store_true", help="tiny problems and few repeats, for a first look on a CPU")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--turns", type=Path, metavar="FILE", help="processes that name it take turns at timing")
     parser.add_argument("--commit", help="recorded instead of what git says, for a copy without its history")
     options = parser.parse_args()
+    join(options.turns)
 
     device, dtype = torch.device(options.device), getattr(torch, options.dtype)
     where = provenance(device, options.commit)
     rows: list[Row] = []
     for series, problems in (TINY if options.quick else SERIES).items():
         for problem in problems:
-            results = measure(problem, fused_na, PASSES, dtype, device, repeats=3 if options.quick else 20)
+            repeats = 3 if options.quick else 20
+            results = measure(problem, fused_na, PASSES, dtype, device, False, repeats, options.turns)
             size = " x ".join(map(str, problem.spatial))
             for name, result in results.items():
                 row: Row = {"series": series, "size": size, "tokens": problem.tokens, "pass": name}
