@@ -201,6 +201,20 @@ def run_backward(
     )
 
 
+@pytest.mark.parametrize("has_rpb", [True, False], ids=["rpb", "none"])
+def test_forward_waits_for_the_copy_of_the_bias(compiled: list[CompiledKernel], has_rpb: bool) -> None:
+    """It may start before the copy is there, which is launched just before, and nothing else overlaps."""
+    plan.plan_of.cache_clear()
+    packed = torch.empty(2, 14, 14, 3, 2, 32, dtype=torch.bfloat16)
+    rpb = torch.zeros(2, 13, 13) if has_rpb else None
+    attention.forward(*packed.unbind(-3), MAP, 1.0, rpb, None, None)
+    *copies, forward = compiled
+    assert [kernel.metadata.name for kernel in copies] == ["bias_copy_kernel"] * has_rpb
+    assert all("griddepcontrol.launch_dependents" in kernel.asm["ptx"] for kernel in copies)
+    assert ("griddepcontrol.wait" in forward.asm["ptx"]) == forward.metadata.launch_pdl == has_rpb
+    assert not any(kernel.metadata.launch_pdl for kernel in copies)
+
+
 @pytest.mark.parametrize("is_packed", [False, True], ids=["", "packed"])
 @pytest.mark.parametrize("has_grad_lse", [False, True], ids=["", "lse"])
 @pytest.mark.parametrize("axes", [MAP, CLIP, DILATED], ids=["map", "clip", "dilated map"])

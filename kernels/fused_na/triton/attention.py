@@ -6,6 +6,7 @@ from math import ceil, prod
 import torch
 from torch import Tensor
 
+from fused_na.triton import gpu
 from fused_na.triton.bias_copy import bias_copy_kernel
 from fused_na.triton.launch import Launch
 from fused_na.triton.plan import fuses_bias, plan_of
@@ -31,6 +32,7 @@ def _bias_copy(device: torch.device, rpb: Layout, scale: float) -> tuple[Launch,
     margin += -margin % 4  # keeps the alignment
     biases = prod(rpb.shape)
     arguments = {"scale": scale, "margin": margin, "biases": biases, "BLOCK": 1024, "num_warps": 4}
+    arguments["OVERLAP"] = gpu.overlaps(device)
     return Launch(bias_copy_kernel, ceil((biases + 2 * margin) / 1024), arguments), margin
 
 

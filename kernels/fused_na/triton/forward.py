@@ -2,6 +2,7 @@
 
 import triton
 import triton.language as tl
+from triton.language.extra.cuda import gdc_wait
 
 from fused_na.triton.neighborhood import (
     below,
@@ -85,6 +86,7 @@ def forward_kernel(
     INTERIOR: tl.constexpr,
     TMA: tl.constexpr,
     OWN_TMA: tl.constexpr,
+    OVERLAP: tl.constexpr,  # whether the copy of the bias, launched just before, may still be under way
     PRECISION: tl.constexpr,
     STAGES: tl.constexpr,
 ):
@@ -126,6 +128,8 @@ def forward_kernel(
     if rpb is not None:
         rpb_base = rpb + head * ((2 * KERNEL[0] - 1) * (2 * KERNEL[1] - 1) * (2 * KERNEL[2] - 1)) + bias_center(KERNEL)
         rpb_begin = rpb_base - bias_position(begin, KERNEL)
+        if OVERLAP:
+            gdc_wait()
 
     factor = scale * LOG2_E
     highest = tl.full([QUERIES], -1e30, tl.float32)

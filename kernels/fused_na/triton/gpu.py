@@ -11,6 +11,11 @@ def capability(device: torch.device) -> int:
     return torch.cuda.get_device_capability(device)[0] if device.type == "cuda" else 0
 
 
+def overlaps(device: torch.device) -> bool:
+    """Whether a kernel can start before the one launched just before it has ended, if both are written for it."""
+    return capability(device) >= 9
+
+
 def shared_memory(device: torch.device) -> int:
     """Bytes that one program may have; of a CPU, as many as on Hopper."""
     if device.type != "cuda":

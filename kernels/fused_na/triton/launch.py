@@ -33,7 +33,7 @@ class Launch:
         self, kernel: Any, programs: int, arguments: dict, bulk: Mapping[str, Callable[[Any], Any]] | None = None
     ) -> None:
         self.kernel, self.grid = kernel, (programs, 1, 1)
-        known = {*kernel.arg_names, "num_warps", "num_stages", "maxnreg"}
+        known = {*kernel.arg_names, "num_warps", "num_stages", "maxnreg", "launch_pdl"}
         self.arguments = {name: x for name, x in arguments.items() if name in known}
         self.tensors = [name for name in kernel.arg_names if name not in arguments]
         self.bulk = bulk or {}

@@ -5,6 +5,7 @@ from functools import lru_cache
 from math import ceil, prod
 from typing import Any
 
+from fused_na.triton import gpu
 from fused_na.triton.backward import additional_kernel, bias_fold_kernel, bias_kernel, key_value_kernel, query_kernel
 from fused_na.triton.fold_rows import fold_rows_kernel
 from fused_na.triton.forward import forward_kernel
@@ -28,7 +29,9 @@ def _forward(geometry: Geometry, tiles: Tiles) -> Prepared:
     if tiles.is_wide:
         return _wide(geometry, forward_wide_kernel, tiles, tiles.query, geometry.heads, moving, ("query", "output"))
     own = "query", "output"
-    return Prepared([geometry.launch(forward_kernel, tiles, tiles.query, geometry.heads, moving, own)])
+    overlap = geometry.problem.rpb is not None and gpu.overlaps(geometry.problem.device)
+    options = {"OVERLAP": overlap, "launch_pdl": overlap}
+    return Prepared([geometry.launch(forward_kernel, tiles, tiles.query, geometry.heads, moving, own, **options)])
 
 
 def _wide(
