@@ -226,6 +226,9 @@ def test_query_and_bias(
     run_backward(axes, has_grad_lse=has_grad_lse, batch=2, is_packed=is_packed)
     kernels = {kernel.metadata.name: kernel for kernel in compiled}
     assert list(kernels) == ["bias_copy_kernel", "query_bias_kernel", "fold_rows_kernel", "key_value_kernel"]
+    waiting = [name for name, kernel in kernels.items() if "griddepcontrol.wait" in kernel.asm["ptx"]]
+    overlapping = [name for name, kernel in kernels.items() if kernel.metadata.launch_pdl]
+    assert waiting == overlapping == ["query_bias_kernel"]  # for the copy, launched just before
     usage = {name: dump(kernel, "-res-usage") for name, kernel in kernels.items() if name != "key_value_kernel"}
     assert all("STACK:0 " in x for x in usage.values())
     assert kernels["query_bias_kernel"].metadata.shared <= (56 << 10)
@@ -244,6 +247,7 @@ def test_query_and_bias_of_clips(
     kernels = {kernel.metadata.name: kernel for kernel in compiled}
     assert list(kernels) == ["bias_copy_kernel", "query_bias_clips_kernel", "fold_rows_kernel", "key_value_kernel"]
     kernel = kernels["query_bias_clips_kernel"]
+    assert "griddepcontrol.wait" in kernel.asm["ptx"] and kernel.metadata.launch_pdl
     loop = steps_loop(kernel)
     assert sum("HMMA" in x for x in loop) == 48 and not any(re.search(r"\b(LDL|STL)\b", x) for x in loop)
     assert kernel.metadata.shared <= HALF_OF_A_MULTIPROCESSOR

@@ -114,7 +114,7 @@ def _query_bias(geometry: Geometry, tiles: Tiles) -> Prepared:
     own |= {"samples_per_program": samples, "programs": rows * heads}
     moving = {"key": tiles.key, "value": tiles.key}
     read = "query", "grad_output", "output"
-    launch = geometry.launch(query_bias_kernel, tiles, tiles.query, heads, moving, read, **own)
+    launch = geometry.launch(query_bias_kernel, tiles, tiles.query, heads, moving, read, launch_pdl=True, **own)
     at_once = {"CLASSES": 2, "ROWS": 32, "WIDTH": 4, "num_warps": 4}
     return _with_fold(geometry, tiles, launch, own, at_once)
 
@@ -131,7 +131,9 @@ def _query_bias_clips(geometry: Geometry, tiles: Tiles) -> Prepared:
     own |= {"items": items, "programs": programs * heads, "num_warps": SAMPLES}
     read = {"query": tiles.query, "key": tiles.key, "value": tiles.key}
     read |= {"grad_output": tiles.query, "output": tiles.query}
-    launch = geometry.launch(query_bias_clips_kernel, tiles, tiles.query, heads, read, samples=SAMPLES, **own)
+    launch = geometry.launch(
+        query_bias_clips_kernel, tiles, tiles.query, heads, read, samples=SAMPLES, launch_pdl=True, **own
+    )
     return _with_fold(geometry, tiles, launch, own, {"CLASSES": 4, "ROWS": 2, "WIDTH": 16, "num_warps": 2})
 
 

@@ -17,6 +17,7 @@ from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.ampere import mma_v2
 from triton.experimental.gluon.language.nvidia.hopper import fence_async_shared, mbarrier
+from triton.language.extra.cuda import gdc_wait
 
 from fused_na.triton.bias_places import plain, share_of_place
 from fused_na.triton.neighborhood import (
@@ -244,6 +245,7 @@ def query_bias_clips_kernel(
     number_key = unravel(number // 2 * 8 + number % 2, KEY_TILE)
     rpb_base = rpb + head * ((2 * KERNEL[0] - 1) * (2 * KERNEL[1] - 1) * (2 * KERNEL[2] - 1)) + bias_center(KERNEL)
     rpb_rows = rpb_base + (bias_position(lane_key, KERNEL) - bias_position(lane_inner, KERNEL))
+    gdc_wait()  # for the copy of the biases, which was launched just before
     pair_numbers = (gl.arange(0, 64, gl.SliceLayout(1, pair_layout)) * NUMBERS)[:, None]
     pair_numbers += gl.arange(0, NUMBERS, gl.SliceLayout(0, pair_layout))[None, :]
 
