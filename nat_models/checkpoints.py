@@ -94,7 +94,7 @@ def build_model(model_cls: Callable[..., nn.Module], variant: str, pretrained: b
     """timm's `build_model_with_cfg` with this module's filter, and with errors that name the checkpoint.
 
     Raises:
-        FileNotFoundError: the checkpoint file does not exist.
+        FileNotFoundError: there is no such checkpoint file.
         ValueError: the checkpoint cannot be read or downloaded, or does not fit the model. A download that cannot be
             read is removed from the cache. Or `feature_cls` is "fx".
     """
@@ -106,8 +106,8 @@ def build_model(model_cls: Callable[..., nn.Module], variant: str, pretrained: b
         return _without_last_downsampling(build_model_with_cfg(model_cls, variant, pretrained, **kwargs))
     cfg = resolve_pretrained_cfg(variant, kwargs.get("pretrained_cfg"), kwargs.get("pretrained_cfg_overlay"))
     source = _source(vars(cfg))
-    if cfg.file and not Path(cfg.file).exists():
-        raise FileNotFoundError(f"there is no checkpoint {source}")
+    if cfg.file and cfg.source != "local-dir" and not Path(cfg.file).is_file():
+        raise FileNotFoundError(f"there is no file {str(cfg.file)!r}")
     is_reading = False  # timm builds the model, then reads the checkpoint, whose errors alone are the checkpoint's
 
     def build(**arguments: Any) -> nn.Module:

@@ -64,6 +64,7 @@ class NeighborhoodAttention(nn.Module):
     ) -> None:
         super().__init__()
         check_number("num_heads", num_heads, 1, whole=True)
+        check_number("proj_drop", proj_drop, 0, 1)
         if dim % num_heads:
             raise ValueError(f"num_heads must divide the {dim} channels, got {num_heads}")
         self.num_heads = num_heads

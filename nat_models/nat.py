@@ -83,8 +83,10 @@ class Hierarchical(Backbone):
         Raises:
             ValueError: no stages or blocks, or settings that are not as many as the stages.
         """
-        if len(depths) < 1 or min(depths) < 1:
-            raise ValueError(f"depths must hold at least one stage with at least one block each, got {depths}")
+        if len(depths) < 1 or not all(isinstance(depth, int) and depth > 0 for depth in depths):
+            raise ValueError(
+                f"depths must hold at least one stage with at least one block each, in integers, got {depths}"
+            )
         check_number("drop_path_rate", drop_path_rate, 0, 1)
         self.embed_dim = embed_dim
         dilations = per_stage("dilations", 1 if dilations is None else dilations, depths)

@@ -387,9 +387,11 @@ def test_nothing_in_a_file_is_executed(tmp_path: Path) -> None:
     assert (tmp_path / "executed").exists()
 
 
-def test_missing_file(tmp_path: Path) -> None:
-    with pytest.raises(FileNotFoundError, match=re.escape(str(tmp_path / "none.pth"))):
-        load("nat", tmp_path / "none.pth")
+@pytest.mark.parametrize("name", ["none.pth", "folder"])
+def test_missing_file(name: str, tmp_path: Path) -> None:
+    (tmp_path / "folder").mkdir()
+    with pytest.raises(FileNotFoundError, match=re.escape(f"there is no file '{tmp_path / name}'")):
+        load("nat", tmp_path / name)
 
 
 @pytest.mark.parametrize("name", MODELS)

@@ -458,7 +458,7 @@ def test_manifest_tells_what_is_needed_to_repeat():
 
 @pytest.mark.parametrize("num_classes", [2, 10, 60])
 def test_plots_of_any_number_of_classes(tmp_path, num_classes):
-    names = [f"a rather long class name {label}" for label in range(num_classes)]
+    names = [f"$5_$10, a rather long class name {label}" for label in range(num_classes)]
     confusion = torch.randint(0, 3, (num_classes, num_classes)) + 20 * torch.eye(num_classes, dtype=torch.int64)
     plot_confusion(confusion, names, tmp_path / "confusion.png")
     for count in (0, 1, 7):

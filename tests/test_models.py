@@ -561,7 +561,8 @@ def test_drop_rates_act_in_training_only() -> None:
     ("arguments", "message"),
     [
         (dict(depths=()), "depths must hold at least one stage"),
-        (dict(depths=(1, 0, 1, 1)), "depths must hold .* at least one block each, got"),
+        (dict(depths=(1, 0, 1, 1)), "depths must hold .* at least one block each, .* got"),
+        (dict(depths=(1, 2.0, 1, 1)), r"at least one block each, in integers, got \(1, 2.0, 1, 1\)"),
         (dict(num_heads=(1, 2)), "num_heads must hold one entry for each of the 4 stages of depths, got"),
         (dict(num_heads=(1, 2, 3, 5)), "num_heads must divide the 64 channels, got 3"),
         (dict(kernel_size=(7, 7)), "kernel_size must hold one entry for each of the 4 stages"),
@@ -579,6 +580,7 @@ def test_drop_rates_act_in_training_only() -> None:
         (dict(embed_dim=1), "embed_dim must be an integer, at least 2, got 1"),
         (dict(drop_path_rate=2), "drop_path_rate must be a number, at least 0 and at most 1, got 2"),
         (dict(drop_rate=-0.1), "drop_rate must be a number, at least 0 and at most 1, got -0.1"),
+        (dict(proj_drop_rate=2), "proj_drop must be a number, at least 0 and at most 1, got 2"),
     ],
 )
 def test_wrong_arguments_are_named(arguments: dict[str, Any], message: str) -> None:

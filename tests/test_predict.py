@@ -157,11 +157,11 @@ def test_folders_are_searched_in_natural_order(tmp_path: Path) -> None:
 def test_pictures_go_into_a_folder(
     weights: Path, image: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    write_image(tmp_path / "other.png", seed=8, size=(40, 80))
+    write_image(tmp_path / "$5_$10.png", seed=8, size=(40, 80))
     arguments = ["dinat_mini", str(tmp_path), "--checkpoint", str(weights), *TINY_ARGUMENTS]
     main([*arguments, "--attention", str(tmp_path / "new" / "folder")])
     assert capsys.readouterr().out.count("attention drawn into") == 2
-    assert {p.name for p in (tmp_path / "new" / "folder").iterdir()} == {"image_attention.png", "other_attention.png"}
+    assert {p.name for p in (tmp_path / "new" / "folder").iterdir()} == {"image_attention.png", "$5_$10_attention.png"}
 
 
 def test_one_picture_for_each_image() -> None:

@@ -80,8 +80,8 @@ def plot_confusion(confusion: Tensor, class_names: Sequence[str], path: Path) ->
     axes.set_ylabel("true class")
     if num_classes <= 40:
         rotation = 0 if max(map(len, class_names)) <= 3 else 90
-        axes.set_xticks(range(num_classes), [textwrap.shorten(name, 20) for name in class_names], rotation=rotation)
-        axes.set_yticks(range(num_classes), [textwrap.shorten(name, 20) for name in class_names])
+        axes.set_xticks(range(num_classes), [_shorten(name, 20) for name in class_names], rotation=rotation)
+        axes.set_yticks(range(num_classes), [_shorten(name, 20) for name in class_names])
         for row, column in confusion.nonzero().tolist():
             color = "white" if shares[row, column] > 0.3 else "black"
             axes.text(column, row, str(int(confusion[row, column])), ha="center", va="center", color=color, fontsize=8)
@@ -107,7 +107,7 @@ def plot_per_class(label_counts: Tensor, class_names: Sequence[str], path: Path)
         bars, [f"{label_counts[label, 1]}/{label_counts[label, 0]}" for label in shown], padding=3, fontsize=8
     )
     axes.axvline(mean, color="black", linewidth=1, linestyle="--")
-    axes.set_yticks(range(len(shown)), [textwrap.shorten(class_names[label], 30) for label in shown])
+    axes.set_yticks(range(len(shown)), [_shorten(class_names[label], 30) for label in shown])
     axes.invert_yaxis()
     axes.set_xlim(0, 110)
     axes.set_xlabel("accuracy (%)")
@@ -146,7 +146,7 @@ def plot_batch(
         axes.axis("off")
     for axes, image, label in zip(figure.axes, images, labels, strict=False):
         axes.imshow(_pixels(image, mean, std).numpy(), cmap="gray", vmin=0, vmax=1)
-        axes.set_title(textwrap.shorten(class_names[label], 60 if is_clips else 16), fontsize=8)
+        axes.set_title(_shorten(class_names[label], 60 if is_clips else 16), fontsize=8)
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, dpi=DPI)
 
@@ -175,7 +175,7 @@ def plot_mistakes(
         axes.axis("off")
     for axes, mistake in zip(figure.axes, mistakes, strict=False):
         axes.imshow(_pixels(_frames_in_one(mistake.image), mean, std).numpy(), cmap="gray", vmin=0, vmax=1)
-        true, predicted = (textwrap.shorten(class_names[i], 24) for i in (mistake.label, mistake.predicted))
+        true, predicted = (_shorten(class_names[i], 24) for i in (mistake.label, mistake.predicted))
         axes.set_title(f"true: {true}\npredicted: {predicted} ({100 * mistake.probability:.0f} %)", fontsize=9)
     title = f"{num_mistakes} mistake{'' if num_mistakes == 1 else 's'}, most confident first"
     figure.suptitle(title if mistakes else "No mistakes")
@@ -235,9 +235,18 @@ def plot_attention(
         map_size = " x ".join(map(str, layer.spatial))
         axes.set_title(f"{name.removesuffix('.attn')}\n{kernel}{dilated} on {map_size}", fontsize=8)
     figure.colorbar(colors, ax=panels, label="attention / uniform attention", fraction=0.02, pad=0.01)
-    figure.suptitle(title)
+    figure.suptitle(_literal(title))
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, dpi=DPI)
+
+
+def _literal(text: str) -> str:
+    """Text for Matplotlib, which takes what is between two dollar signs for a formula."""
+    return text.replace("$", r"\$")
+
+
+def _shorten(name: str, width: int) -> str:
+    return _literal(textwrap.shorten(name, width))
 
 
 def _token(layer: LayerAttention, height: int, width: int, pixel: tuple[int, int]) -> tuple[int, int]:
