@@ -53,6 +53,12 @@ def new_plans() -> None:
     plan.plan_of.cache_clear()
 
 
+@pytest.fixture(autouse=True)
+def no_overlap(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The interpreter runs one kernel after the other, and has no instructions that say so."""
+    monkeypatch.setattr(gpu, "overlaps", lambda device: False)
+
+
 AXES = {  # of a map, per rank: length, kernel_size, stride, dilation, is_causal
     "1d": [Axis(37, 5)],
     "1d even": [Axis(36, 4)],

@@ -247,14 +247,13 @@ def test_compile_takes_the_modes_of_torch_compile(monkeypatch):
 
 def test_models_compiled_one_after_the_other_share_nothing(monkeypatch):
     """As in a sweep, whose runs share a process: past the limit of recompilation a model would run without it."""
-    monkeypatch.setattr(torch._dynamo.config, "recompile_limit", 2)
-    monkeypatch.setattr(torch._dynamo.config, "fail_on_recompile_limit_hit", True)
     compile = torch.nn.Module.compile
     monkeypatch.setattr(torch.nn.Module, "compile", lambda self, mode: compile(self, backend="eager"))
-    for num_classes in range(10, 14):
-        module = ClassificationModule("test_vit", num_classes, compile=True)
-        module.setup("fit")
-        assert module(torch.randn(2, 3, 160, 160)).shape == (2, num_classes)
+    with torch._dynamo.config.patch(recompile_limit=2, fail_on_recompile_limit_hit=True):
+        for num_classes in range(10, 14):
+            module = ClassificationModule("test_vit", num_classes, compile=True)
+            module.setup("fit")
+            assert module(torch.randn(2, 3, 160, 160)).shape == (2, num_classes)
 
 
 def test_a_mistake_in_a_sweep_ends_its_run_alone(monkeypatch, capsys):
