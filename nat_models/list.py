@@ -30,18 +30,24 @@ def published_models() -> list[dict[str, str]]:
         return list(csv.DictReader(file))
 
 
-def measured_models() -> dict[str, dict[str, dict[str, str]]]:
-    """Images per second that `benchmarks/models.py` measured: how -> model -> mode ("train", "inference") -> rate."""
-    measured: dict[str, dict[str, dict[str, str]]] = {}
+def measured_models() -> tuple[dict[str, dict[str, float]], str]:
+    """Images per second that `benchmarks/models.py` measured on the device where it ran last: model -> mode ("train",
+    "inference") -> rate, with or without CUDA graphs, whichever is faster; and a note on it."""
+    rows: list[dict[str, str]] = []
     for path in sorted(RESULTS.glob("models_*.csv")):
         with path.open(newline="") as file:
-            for row in csv.DictReader(file):
-                if row.get("status") == "ok":
-                    graphs = " with CUDA graphs" if row["cuda_graphs"] == "yes" else ""
-                    how = f"compiled{graphs}, on {row['device']}: {row['dtype']}, batch {row['batch_size']}"
-                    how += f", torch {row['torch']}, commit {row['commit']}"
-                    measured.setdefault(how, {}).setdefault(row["model"], {})[row["mode"]] = row["images_per_s"]
-    return measured
+            rows += [row for row in csv.DictReader(file) if row.get("status") == "ok"]
+    if not rows:
+        return {}, ""
+    last = max(rows, key=lambda row: row["date"])
+    rows = [row for row in rows if all(row[name] == last[name] for name in ("device", "dtype", "batch_size"))]
+    measured: dict[str, dict[str, float]] = {}
+    for row in rows:
+        rates = measured.setdefault(row["model"], {})
+        rates[row["mode"]] = max(rates.get(row["mode"], 0.0), float(row["images_per_s"]))
+    commits = ", ".join(sorted({row["commit"] for row in rows}))
+    note = f"images per second on {last['device']}, compiled, with CUDA graphs where that is faster: {last['dtype']}, "
+    return measured, note + f"batch {last['batch_size']}, torch {last['torch']}, commit {commits}"
 
 
 def main(arguments: list[str] | None = None) -> None:
@@ -54,30 +60,19 @@ def main(arguments: list[str] | None = None) -> None:
     if not rows:
         parser.error(f"no model matches {pattern!r}")
     columns = {title: [row[column] or "-" for row in rows] for column, title in COLUMNS.items()}
-    measured, notes = _measured_columns([row["model"] for row in rows])
+    measured, note = measured_models()
+    is_measured = any(row["model"] in measured for row in rows)
+    for mode in ("train", "inference") if is_measured else ():
+        rates = [measured.get(row["model"], {}).get(mode) for row in rows]
+        columns[mode] = ["-" if rate is None else f"{rate:.0f}" for rate in rates]
     aligned = []
-    for title, cells in (columns | measured).items():
+    for title, cells in columns.items():
         width = max(map(len, [title, *cells]))
         aligned.append([f"{cell:{'<' if title in LEFT else '>'}{width}}" for cell in [title, *cells]])
     for line in zip(*aligned, strict=True):
         print("  ".join(line).rstrip())
-    for note in notes:
-        print(note)
-
-
-def _measured_columns(names: list[str]) -> tuple[dict[str, list[str]], list[str]]:
-    """Two columns for each way in which any of these models was measured, and a note on it."""
-    columns: dict[str, list[str]] = {}
-    notes: list[str] = []
-    for how, models in measured_models().items():
-        if models.keys().isdisjoint(names):
-            continue
-        number = len(notes) + 1
-        for mode in ("train", "inference"):
-            rates = [models.get(name, {}).get(mode) for name in names]
-            columns[f"{mode} [{number}]"] = ["-" if rate is None else f"{float(rate):.0f}" for rate in rates]
-        notes.append(f"[{number}] images per second, {how}")
-    return columns, notes
+    if is_measured:
+        print(f"train, inference: {note}")
 
 
 if __name__ == "__main__":

@@ -44,7 +44,7 @@ def test_command() -> None:
     """As in the README, with what was measured, which notes below the table tell."""
     command = [sys.executable, "-m", "nat_models.list", "nat_*"]
     output = subprocess.run(command, capture_output=True, text=True, cwd=Path(__file__).parent, check=True).stdout
-    header, *lines = [line for line in output.splitlines() if not line.startswith("[")]
+    header, *lines = [line for line in output.splitlines() if not line.startswith("train, ")]
     assert header.split("  ")[0] == "model" and "weights" in header.split()
     assert names(lines) == [
         "nat_mini", "nat_tiny", "nat_small", "nat_base", "nat_isotropic_small", "nat_isotropic_base",
@@ -62,25 +62,28 @@ def results(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 def test_throughput_where_it_was_measured(results: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    columns = "model,mode,batch_size,dtype,cuda_graphs,status,images_per_s,device,torch,commit"
+    """On the device of the newest row, and in the faster way."""
+    columns = "model,mode,batch_size,dtype,cuda_graphs,status,images_per_s,device,torch,commit,date"
     rows = [
-        "nat_tiny,train,64,bfloat16,yes,ok,1234.56,GPU A,2.11.0,abc",
-        "nat_tiny,inference,64,bfloat16,yes,ok,9876.5,GPU A,2.11.0,abc",
-        "nat_mini,inference,64,bfloat16,yes,wrong: logits_error 0.1,,GPU A,2.11.0,abc",
-        "resnet50,train,64,bfloat16,yes,ok,1,GPU A,2.11.0,abc",
+        "nat_tiny,train,64,bfloat16,no,ok,1000,GPU A,2.11.0,abc,2026-01-02",
+        "nat_tiny,train,64,bfloat16,yes,ok,1234.56,GPU A,2.11.0,abc,2026-01-02",
+        "nat_tiny,inference,64,bfloat16,yes,ok,9876.5,GPU A,2.11.0,abd,2026-01-03",
+        "nat_mini,inference,64,bfloat16,yes,wrong: logits_error 0.1,,GPU A,2.11.0,abc,2026-01-04",
+        "nat_mini,train,8,bfloat16,yes,ok,5,GPU A,2.11.0,abc,2026-01-02",
+        "resnet50,train,64,bfloat16,yes,ok,1,GPU A,2.11.0,abc,2026-01-02",
     ]
     (results / "models_a.csv").write_text("\n".join([columns, *rows]) + "\n")
-    (results / "models_b.csv").write_text(f"{columns}\nnat_mini,train,8,float32,no,ok,7,GPU B,2.11.0,def\n")
+    (results / "models_b.csv").write_text(f"{columns}\nnat_mini,train,8,float32,no,ok,7,GPU B,2.11.0,def,2026-01-01\n")
     (results / "models_cpu.csv").write_text("model,mode,images_per_s,device\nnat_mini,forward,3.2,CPU\n")
     main(["nat_*i*"])
-    header, *lines = capsys.readouterr().out.splitlines()
-    assert header.split("  ")[-4:] == ["train [1]", "inference [1]", "train [2]", "inference [2]"]
-    measured = {line.split()[0]: line.split()[6:] for line in lines[:-2]}
-    assert measured["nat_tiny"] == ["1235", "9876", "-", "-"] and measured["nat_mini"] == ["-", "-", "7", "-"]
-    assert lines[-2:] == [
-        "[1] images per second, compiled with CUDA graphs, on GPU A: bfloat16, batch 64, torch 2.11.0, commit abc",
-        "[2] images per second, compiled, on GPU B: float32, batch 8, torch 2.11.0, commit def",
-    ]
+    header, *lines, note = capsys.readouterr().out.splitlines()
+    assert header.split()[-2:] == ["train", "inference"]
+    measured = {line.split()[0]: line.split()[6:] for line in lines}
+    assert measured["nat_tiny"] == ["1235", "9876"] and measured["nat_mini"] == ["-", "-"]
+    assert note == (
+        "train, inference: images per second on GPU A, compiled, with CUDA graphs where that is faster: bfloat16, "
+        "batch 64, torch 2.11.0, commit abc, abd"
+    )
     main(["dinat_tiny"])
     assert capsys.readouterr().out.splitlines()[0].endswith("weights")  # nothing measured, no columns
 
