@@ -14,7 +14,7 @@ from torch.nn import functional as F
 
 from nat_models.checkpoints import build_model, dinat_cfg
 from nat_models.layers import PatchEmbed
-from nat_models.nat import DILATIONS_224, DILATIONS_384, NAT
+from nat_models.nat import DILATIONS_224, DILATIONS_384, NAT, features_of_stages
 
 __all__ = ["DiNAT_s"]  # register_model adds the entry points
 
@@ -51,8 +51,7 @@ class DiNAT_s(NAT):
 
 
 def _create_dinat_s(variant: str, pretrained: bool = False, **kwargs: Any) -> nn.Module:
-    num_stages = len(kwargs["depths"])
-    feature_cfg = dict(flatten_sequential=True, out_indices=kwargs.pop("out_indices", tuple(range(num_stages))))
+    feature_cfg = features_of_stages(kwargs)
     return build_model(DiNAT_s, variant, pretrained, feature_cfg=feature_cfg, **kwargs)
 
 

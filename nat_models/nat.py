@@ -45,6 +45,24 @@ class Level(nn.Module):
         return features if self.downsample is None else (features, self.downsample(features))
 
 
+def check_depths(depths: Any) -> None:
+    """Raises ValueError where `depths` are not blocks per stage."""
+    is_sequence = isinstance(depths, Sequence) and len(depths) > 0
+    if not is_sequence or not all(isinstance(depth, int) and depth > 0 for depth in depths):
+        raise ValueError(f"depths must hold at least one stage with at least one block each, in integers, got {depths}")
+
+
+def features_of_stages(kwargs: dict[str, Any]) -> dict[str, Any]:
+    """timm's settings for features of a hierarchical model, of all stages unless `out_indices` is one of its keywords.
+
+    Raises:
+        ValueError: as `check_depths`.
+    """
+    check_depths(kwargs["depths"])
+    all_stages = tuple(range(len(kwargs["depths"])))
+    return dict(flatten_sequential=True, out_indices=kwargs.pop("out_indices", all_stages))
+
+
 def per_stage(name: str, value: Any, depths: Sequence[int]) -> list[Any]:
     """One entry for each stage of `depths`, from such a sequence or from one value for all; `name` is for the error."""
     values = list(value) if isinstance(value, Sequence) else [value] * len(depths)
@@ -83,10 +101,7 @@ class Hierarchical(Backbone):
         Raises:
             ValueError: no stages or blocks, or settings that are not as many as the stages.
         """
-        if len(depths) < 1 or not all(isinstance(depth, int) and depth > 0 for depth in depths):
-            raise ValueError(
-                f"depths must hold at least one stage with at least one block each, in integers, got {depths}"
-            )
+        check_depths(depths)
         check_number("drop_path_rate", drop_path_rate, 0, 1)
         self.embed_dim = embed_dim
         dilations = per_stage("dilations", 1 if dilations is None else dilations, depths)
@@ -173,8 +188,7 @@ class NAT(Hierarchical):
 
 
 def _create_nat(variant: str, pretrained: bool = False, **kwargs: Any) -> nn.Module:
-    num_stages = len(kwargs["depths"])
-    feature_cfg = dict(flatten_sequential=True, out_indices=kwargs.pop("out_indices", tuple(range(num_stages))))
+    feature_cfg = features_of_stages(kwargs)
     return build_model(NAT, variant, pretrained, feature_cfg=feature_cfg, **kwargs)
 
 

@@ -19,7 +19,7 @@ from torch import nn
 from nat_models.checkpoints import build_clip_model, dinat_cfg, nat_cfg
 from nat_models.clip_layers import ClipAttention, ClipTokenizer, DividedBlock, FrameDownsampler
 from nat_models.layers import Block
-from nat_models.nat import Hierarchical
+from nat_models.nat import Hierarchical, features_of_stages
 from nat_models.settings import check_number
 
 __all__ = ["NAT3D", "NATDivided"]  # register_model adds the entry points
@@ -153,8 +153,7 @@ def _same_for_stages(name: str, value: Any, depths: Sequence[int]) -> Any:
 
 def create_nat3d(model_cls: type[NAT3D], variant: str, pretrained: bool = False, **kwargs: Any) -> nn.Module:
     """A hierarchical video model of timm's registry."""
-    num_stages = len(kwargs["depths"])
-    feature_cfg = dict(flatten_sequential=True, out_indices=kwargs.pop("out_indices", tuple(range(num_stages))))
+    feature_cfg = features_of_stages(kwargs)
     return build_clip_model(model_cls, variant, pretrained, feature_cfg=feature_cfg, **kwargs)
 
 

@@ -561,6 +561,7 @@ def test_drop_rates_act_in_training_only() -> None:
     ("arguments", "message"),
     [
         (dict(depths=()), "depths must hold at least one stage"),
+        (dict(depths=3), "depths must hold at least one stage .* got 3"),
         (dict(depths=(1, 0, 1, 1)), "depths must hold .* at least one block each, .* got"),
         (dict(depths=(1, 2.0, 1, 1)), r"at least one block each, in integers, got \(1, 2.0, 1, 1\)"),
         (dict(num_heads=(1, 2)), "num_heads must hold one entry for each of the 4 stages of depths, got"),
