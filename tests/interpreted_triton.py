@@ -237,6 +237,19 @@ def test_loads_and_bulk_copies(axes: list[Axis], has_rpb: bool, bulk: bool, monk
     assert bool(described) == (bulk and not any(axis.length % axis.dilation for axis in axes))
 
 
+@pytest.mark.parametrize("rise", [60.0, -60.0], ids=["rise", "fall"])
+def test_scores_far_from_each_other(rise: float, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Along the keys, so that what was added up counts for nothing, or what follows does."""
+    monkeypatch.setattr(plan, "choose_tiles", lambda *problem: Tiles((1, 1, 16), (1, 1, 8), 1, 1))
+    problem = Problem((45,), (23,), (1,), (1,), (False,), 1, 1, 1, 16, 16, scale=1.0)
+    inputs = problem.inputs(torch.float32)
+    inputs["query"], inputs["key"] = inputs["query"].abs() / 16, torch.ones_like(inputs["key"])
+    inputs["key"] *= torch.linspace(-rise, rise, 45)[:, None, None]
+    expected = attend_with_gradients(problem, {name: x.double() for name, x in inputs.items()}, "reference")
+    assert expected["output"].isfinite().all()
+    assert_close(attend_with_gradients(problem, inputs, "triton"), expected, 1e-4)
+
+
 @pytest.mark.parametrize("bulk", [False, True], ids=["stores", "bulk copies"])
 @pytest.mark.parametrize(
     "axes",
