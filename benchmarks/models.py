@@ -8,9 +8,10 @@ by side; while one is timed, the others stand still.
 
 A training step is forward, backward and AdamW (fused on a GPU). Models run under autocast in `--dtype` and in
 torch.compile, on random images of the size that their description in timm says, and without stochastic depth, so that
-compiled gradients can be compared with eager ones. Rates are medians over rounds; memory is the most that PyTorch had
-allocated, which is not known with `--cuda-graphs`, as graphs keep memory of their own. Rows are written as they come; a
-model that is wrong or fails has `status` instead, and the exit status is 1.
+compiled gradients can be compared with eager ones. Rates are medians over rounds. `peak_gib` is the most that tensors
+took, which is not known with `--cuda-graphs`, as graphs keep memory of their own; `reserved_gib` the most that PyTorch
+held of the GPU, with what was free in its blocks and with graphs, in inference those of training too. Rows are written
+as they come; a model that is wrong or fails has `status` instead, and the exit status is 1.
 """
 
 import argparse
@@ -45,7 +46,7 @@ MODELS = [
     "convnext_base",
 ]
 COLUMNS = ["model", "mode", "batch_size", "image_size", "dtype", "cuda_graphs", "status", "images_per_s", "peak_gib"]
-COLUMNS += ["logits_error", "gradients_error", "parameters_m"]
+COLUMNS += ["reserved_gib", "logits_error", "gradients_error", "parameters_m"]
 TOLERANCE = {torch.bfloat16: 0.05, torch.float16: 0.02, torch.float32: 1e-3}
 """Relative, by norm; autocast to bfloat16 alone changes logits and gradients by about 0.01."""
 
@@ -153,8 +154,10 @@ def rate(step: Callable[[], object], subject: Subject, steps: int, rounds: int) 
         device.synchronize()
         rates.append(steps * len(subject.images) / (perf_counter() - begin))
     result: Row = {"status": "ok", "images_per_s": median(rates)}
-    if subject.device.type == "cuda" and not subject.cuda_graphs:
-        result["peak_gib"] = torch.cuda.max_memory_allocated() / 2**30
+    if subject.device.type == "cuda":
+        result["reserved_gib"] = torch.cuda.max_memory_reserved() / 2**30
+        if not subject.cuda_graphs:
+            result["peak_gib"] = torch.cuda.max_memory_allocated() / 2**30
     return result
 
 
@@ -207,7 +210,7 @@ def main() -> None:
     written: list[dict] = []
     if options.append and output.exists():
         with output.open(newline="") as file:
-            written = list(csv.DictReader(file))
+            written = [{name: row.get(name, "") for name in [*COLUMNS, *where]} for row in csv.DictReader(file)]
     rows: list[Row] = []
     for name in options.models:
         rows += rows_of(name, options)

@@ -8,7 +8,8 @@ from fused_na.triton.neighborhood import unravel, window
 from fused_na.triton.slots import SLOT
 
 SLOT_SIZE = tl.constexpr(SLOT)
-QUERIES = tl.constexpr(8)  # of a plane
+QUERIES = tl.constexpr(8)  # of a plane, each with four lanes
+NUMBERS = tl.constexpr(4)  # of a lane, as matrix units give them: two neighbors among each 8 keys
 STEPS = tl.constexpr(2)  # through the rows, at once
 
 
@@ -60,11 +61,11 @@ def fold_rows_kernel(
         first_w, size_w = shares_of_class(kind_w, before[2], groups[2])
         begin_w = tiles_of_share(first_w, before[2], alike[2], box[2])[0] * QUERY_TILE[2]
         start_w, end_w = window(begin_w, length_w, KERNEL[2], STRIDE[2], CAUSAL[2])
-        # Where in the tiles of keys the query meets the relative position; lanes have the pairs of 8 keys.
+        # Where in the tiles of keys the query meets the relative position.
         key_w = begin_w - start_w + position_w - (KERNEL[2] - 1) + inner_w
         exists_w = (key_w >= 0) & (key_w < COUNTS[2] * KEY_TILE[2]) & (position_w < SIDES[2])
         number_w = key_w // KEY_TILE[2] * (GROUPS * SLOT_SIZE)
-        number_w += key_w % 8 // 2 * 4 + key_w % KEY_TILE[2] // 8 * 2 + key_w % 2
+        number_w += key_w % 8 // 2 * NUMBERS + key_w % KEY_TILE[2] // 8 * 2 + key_w % 2
         for kind_th in range(classes[0] * classes[1]):
             kind_t, kind_h = kind_th // classes[1], kind_th % classes[1]
             first_t, size_t = shares_of_class(kind_t, before[0], groups[0])
@@ -82,7 +83,7 @@ def fold_rows_kernel(
                 key_h = first_key_h + inner_h
                 exists = exists_w & (key_h >= 0) & (key_h < COUNTS[1] * KEY_TILE[1])
                 number_h = key_h // KEY_TILE[1] * (COUNTS[2] * GROUPS * SLOT_SIZE)
-                number_h += key_h % KEY_TILE[1] * (KEY_TILE[2] // 8 * 2) + query * 16
+                number_h += key_h % KEY_TILE[1] * (KEY_TILE[2] // 8 * 2) + query * (4 * NUMBERS)
                 # A class has the rows of all programs from that of its first item to that of its last.
                 item = first_place((first_t, first_h, first_w), (size_t, size_h, size_w), places) * chunks
                 item_end = item + size_t * size_h * size_w * chunks

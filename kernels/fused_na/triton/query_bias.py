@@ -207,7 +207,7 @@ def query_bias_kernel(
     pid = gl.program_id(0)  # the row that it leaves
     chunk, rest = pid % chunks, pid // chunks
     all_places = places[0] * places[1] * places[2]
-    kind, share = share_of_place(rest % all_places, before, groups_of(alike, box), places)
+    share = share_of_place(rest % all_places, before, groups_of(alike, box), places)[1]
     tile_t, tiles_t = tiles_of_share(share[0], before[0], alike[0], box[0])
     tile_h, tiles_h = tiles_of_share(share[1], before[1], alike[1], box[1])
     tile_w, tiles_w = tiles_of_share(share[2], before[2], alike[2], box[2])
