@@ -54,7 +54,11 @@ def plot(rows: list[Row], path: Path) -> None:
             places = [problems.index(x) + 0.2 * i for x in times]
             bars = panel.bar(places, times.values(), width=0.18, color=f"C{i}", label=way)
             panel.bar_label(bars, fmt="%.3g", fontsize=7)
-        panel.set_xticks([i + 0.3 for i in range(len(problems))], [x.replace(": ", "\n") for x in problems], fontsize=8)
+        panel.set_xticks(
+            [i + 0.3 for i in range(len(problems))],
+            [x.replace(": ", "\n").replace(", ", "\n") for x in problems],
+            fontsize=8,
+        )
         panel.set_title({"fwd": "forward", "bwd": "backward"}[name])
     panels[0].set_yscale("log")
     panels[0].set_ylabel("milliseconds")
