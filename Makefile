@@ -42,3 +42,5 @@ $(BIN)/python:
 	@test -n "$(PYTHON)" || { echo "error: found no Python 3.11 or newer; install one, or name it: make PYTHON=..." >&2; exit 1; }
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { echo "error: PYTHON=$(PYTHON) must be Python 3.11 or newer" >&2; exit 1; }
 	$(PYTHON) -m venv .venv
+# From 25.2 on pip resumes a download that breaks off; Python 3.11 ships 23, which gives up on it.
+	$(BIN)/python -m pip install --constraint constraints.txt --upgrade pip
