@@ -3,18 +3,16 @@
 import re
 import subprocess
 import tempfile
-from functools import partial
 from pathlib import Path
 
 import pytest
 import torch
 import triton
-from test_fused_na_slots import place_in_plane
 from triton.backends.compiler import GPUTarget
 from triton.compiler import CompiledKernel
 from triton.runtime import driver
 
-from fused_na.triton import attention, gpu, plan, query_bias, query_bias_clips
+from fused_na.triton import attention, gpu, plan
 from fused_na.triton.geometry import ACCUMULATOR_BYTES, Geometry
 from fused_na.triton.launch import Launch, Prepared
 from fused_na.triton.problem import Tensors, problem_of
@@ -337,36 +335,3 @@ def test_only_hopper_fuses_query_and_bias(compiled: list[CompiledKernel], monkey
         run_backward(MAP)
     assert planned == ["query", "key_value", "bias", "query_bias", "key_value", "query", "key_value", "bias"]
     plan.fuses_bias.cache_clear()
-
-
-class TorchLanguage:
-    """As much of Gluon's language, on PyTorch's tensors, as takes tiles apart and puts them together."""
-
-    static_range, tuple = range, tuple
-    split = staticmethod(partial(torch.unbind, dim=-1))
-    join = staticmethod(lambda a, b: torch.stack((a, b), -1))
-    convert_layout = staticmethod(lambda x, layout, assert_trivial: x)
-
-
-def test_planes_of_a_tile(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Each plane holds its queries and keys where the slots expect them, and tiles consist of their groups' planes."""
-    monkeypatch.setattr(query_bias, "gl", TorchLanguage)
-    monkeypatch.setattr(query_bias, "NUMBERS", 4)
-    monkeypatch.setattr(query_bias, "split_planes", query_bias.split_planes.fn)
-    tile = torch.arange(32 * 32).view(32, 32)
-    row, column = torch.arange(8)[:, None], torch.arange(16)[None, :]
-    planes = query_bias.planes_of.fn(tile, None)
-    for i, plane in enumerate(planes):
-        expected = tile[i // 2 * 8 :, i % 2 * 16 :][:8, :16]
-        assert torch.equal(plane.flatten()[place_in_plane(row, column)], expected)
-
-    for name, x in (("WARPS", 4), ("NUMBERS", 4), ("split_planes", query_bias.split_planes)):
-        monkeypatch.setattr(query_bias_clips, name, x)
-    of_samples = query_bias_clips.planes_of_samples.fn(torch.stack([tile, -tile, 2 * tile, -2 * tile]), None)
-    for plane, together in zip(planes, of_samples, strict=True):
-        assert torch.equal(together, torch.stack([plane, -plane, 2 * plane, -2 * plane]))
-
-    groups = torch.randn(5, 32, 4).unbind()
-    built = query_bias.planes_of.fn(query_bias.tile_of.fn(groups, None), None)
-    for i, plane in enumerate(built):
-        assert torch.equal(plane, groups[i % 2 - i // 2 + 3])
