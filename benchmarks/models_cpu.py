@@ -13,9 +13,10 @@ from time import perf_counter
 
 import timm
 import torch
-from record import ROOT, environment, write_csv
+from record import ROOT, write_csv
 from rich.console import Console
 from rich.table import Table
+from timing import provenance
 from torch import Tensor, nn
 
 import nat_models  # noqa: F401  registers the models with timm
@@ -82,7 +83,7 @@ def main() -> None:
         check(model, images)
     rates = measure(models, images, arguments.rounds)
 
-    recorded = environment(torch.device("cpu"))
+    recorded = provenance(torch.device("cpu"), None)
     rows = []
     for (name, mode), rate in rates.items():
         ratios = [r / baseline for r, baseline in zip(rate, rates[arguments.baseline, mode], strict=True)]
