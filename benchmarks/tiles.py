@@ -29,7 +29,16 @@ from fused_na.triton.geometry import Geometry
 from fused_na.triton.plan import plan_of
 from fused_na.triton.prepare import PREPARE
 from fused_na.triton.problem import Tensors, problem_of
-from fused_na.triton.tiles import Tiles, as_three_axes, choose_tiles, executed_scores, extents, regime
+from fused_na.triton.tiles import (
+    Tiles,
+    as_three_axes,
+    choose_tiles,
+    column_pairs,
+    executed_in_columns,
+    executed_scores,
+    extents,
+    regime,
+)
 
 PROBLEMS = CASES | {f"random_{seed}": random_problem(seed) for seed in range(30)}
 RESULTS = {
@@ -74,7 +83,7 @@ class Subject:
 
     def candidates(self) -> Iterator[Tiles]:
         """The shipped choice, then for each number of rows, warps and stages the extents that execute least, with bulk
-        copies where these can be."""
+        copies where these can be, and by columns."""
         yield self.shipped
         axes = as_three_axes(self.problem.axes)
         workload, over_keys = self.geometry.workload, self.kernel != "key_value"
@@ -100,6 +109,18 @@ class Subject:
                 if tiles not in found:
                     found.add(tiles)
                     yield tiles
+        if workload.has_columns and self.kernel != "bias":
+            for tokens, registers in product((16, 32, 64), REGISTERS):
+                tilings = [
+                    (executed_in_columns(axes, *pair, over_keys), *pair)
+                    for pair in column_pairs(axes, tokens, over_keys)
+                ]
+                for executed, s, m in tilings:
+                    query, key = (s, m) if over_keys else (m, s)
+                    tiles = Tiles(query, key, 1, 2, True, registers, is_columns=True)
+                    if executed == min(tilings)[0] and tiles not in found:
+                        found.add(tiles)
+                        yield tiles
 
     def prepare(self, tiles: Tiles) -> Callable[[], object]:
         """What runs the kernel with certain tiles, after it ran once."""
@@ -133,7 +154,8 @@ def rows_of(
         row |= {"tiles": " ".join("x".join(map(str, x)) for x in tiles[:2])}
         row |= {"warps": tiles.num_warps, "stages": tiles.num_stages}
         row |= {"registers": tiles.max_registers or "any"}
-        row |= {"loads": "bulk" if tiles.bulk else "pointers", "wide": "yes" if tiles.is_wide else "no"}
+        row |= {"loads": "bulk" if tiles.bulk else "pointers"}
+        row |= {"by": "columns" if tiles.is_columns else "wide tiles" if tiles.is_wide else "tiles"}
         try:
             run = subject.prepare(tiles)
         except triton.runtime.errors.OutOfResources as error:
@@ -208,7 +230,7 @@ def main() -> None:
         "stages",
         "registers",
         "loads",
-        "wide",
+        "by",
         "choice",
         "status",
         "ms",

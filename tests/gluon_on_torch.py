@@ -146,6 +146,9 @@ class Shared:
         assert 0 <= i < len(self.x), "no such place in shared memory"
         return Shared(self.x[int(i)])
 
+    def slice(self, start: int, length: int) -> "Shared":
+        return Shared(self.x[start : start + length])
+
     def reshape(self, shape: Any) -> "Shared":
         return Shared(self.x.view(shape))
 

@@ -216,6 +216,7 @@ def test_forward_waits_for_the_copy_of_the_bias(compiled: list[CompiledKernel], 
 @pytest.mark.parametrize("is_packed", [False, True], ids=["", "packed"])
 @pytest.mark.parametrize("has_grad_lse", [False, True], ids=["", "lse"])
 @pytest.mark.parametrize("axes", [MAP, CLIP, DILATED], ids=["map", "clip", "dilated map"])
+@pytest.mark.usefixtures("no_columns")
 def test_query_and_bias(
     compiled: list[CompiledKernel], axes: tuple[Axis, ...], has_grad_lse: bool, is_packed: bool
 ) -> None:
@@ -235,6 +236,7 @@ def test_query_and_bias(
 @pytest.mark.parametrize("is_packed", [False, True], ids=["", "packed"])
 @pytest.mark.parametrize("has_grad_lse", [False, True], ids=["", "lse"])
 @pytest.mark.parametrize("is_causal", [False, True], ids=["", "causal"])
+@pytest.mark.usefixtures("no_columns")
 def test_query_and_bias_of_clips(
     compiled: list[CompiledKernel], is_causal: bool, has_grad_lse: bool, is_packed: bool
 ) -> None:
@@ -252,6 +254,7 @@ def test_query_and_bias_of_clips(
     assert spilled_bytes(kernel) <= 128 and spilled_bytes(kernels["fold_rows_kernel"]) == 0
 
 
+@pytest.mark.usefixtures("no_columns")
 def test_query_and_bias_of_clips_with_most_sums(compiled: list[CompiledKernel]) -> None:
     """Two programs fit on a multiprocessor whenever the sums are few enough for the kernels."""
     axes = Axis(2, 2), Axis(39, 29), Axis(19, 7)
@@ -263,6 +266,7 @@ def test_query_and_bias_of_clips_with_most_sums(compiled: list[CompiledKernel]) 
     assert kernel.metadata.shared <= HALF_OF_A_MULTIPROCESSOR
 
 
+@pytest.mark.usefixtures("no_columns")
 def test_query_and_bias_of_clips_compiles_once(compiled: list[CompiledKernel]) -> None:
     """For maps and batches of all sizes, and for any number of heads."""
     for length, batch in ((56, 4), (28, 3), (41, 16), (32, 33)):
@@ -282,12 +286,38 @@ def test_query_and_bias_of_clips_compiles_once(compiled: list[CompiledKernel]) -
         (dict(axes=(Axis(40, 3), Axis(80, 5, 3), Axis(83, 5, 3))), False),  # too many classes, hence rows
     ],
 )
+@pytest.mark.usefixtures("no_columns")
 def test_where_clips_share_sums(compiled: list[CompiledKernel], options: dict, is_for_clips: bool) -> None:
     plan.plan_of.cache_clear()
     run_backward(**options)
     names = [kernel.metadata.name for kernel in compiled]
     assert ("query_bias_clips_kernel" in names) == is_for_clips
     assert ("query_bias_kernel" in names) != is_for_clips
+
+
+@pytest.mark.parametrize("is_packed", [False, True], ids=["", "packed"])
+@pytest.mark.parametrize("has_rpb", [False, True], ids=["", "bias"])
+@pytest.mark.parametrize("axes", [MAP, CLIP, DILATED], ids=["map", "clip", "dilated map"])
+def test_columns(compiled: list[CompiledKernel], axes: tuple[Axis, ...], has_rpb: bool, is_packed: bool) -> None:
+    """Kernels whose steps spill little, of which a multiprocessor runs eight or more at once."""
+    plan.plan_of.cache_clear()
+    run_backward(axes, needs_rpb=has_rpb, is_packed=is_packed)
+    kernels = {kernel.metadata.name: kernel for kernel in compiled}
+    backward = ["query_bias_columns_kernel", "fold_columns_kernel"] if has_rpb else ["query_columns_kernel"]
+    assert list(kernels) == ["bias_copy_kernel", *backward, "key_value_columns_kernel"]
+    for name in (backward[0], "key_value_columns_kernel"):
+        assert kernels[name].metadata.shared <= HALF_OF_A_MULTIPROCESSOR // 4
+        assert spilled_bytes(kernels[name]) <= 128
+    assert ("griddepcontrol.wait" in kernels[backward[0]].asm["ptx"]) == has_rpb
+
+
+def test_columns_compile_once(compiled: list[CompiledKernel]) -> None:
+    """For clips of as many frames and any size whose columns lie alike, any batch and number of heads."""
+    for length, batch in ((56, 4), (28, 3), (112, 16), (84, 33)):
+        run_backward((Axis(16, 7), Axis(length, 7), Axis(length, 7)), batch=batch)
+    for name in ("query_bias_columns_kernel", "fold_columns_kernel", "key_value_columns_kernel"):
+        kernels = [kernel for kernel in compiled if kernel.metadata.name == name]
+        assert len(kernels) == 4 and len({kernel.hash for kernel in kernels}) == 1
 
 
 @pytest.mark.parametrize(
@@ -312,6 +342,7 @@ def test_where_clips_share_sums(compiled: list[CompiledKernel], options: dict, i
         (dict(axes=(Axis(200, 12, 11), Axis(800, 5, 3))), False),  # too many classes of tiles
     ],
 )
+@pytest.mark.usefixtures("no_columns")
 def test_where_query_and_bias_share_a_kernel(
     compiled: list[CompiledKernel], options: dict, is_fused: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -16,10 +16,12 @@ from test_fused_na_slots import place_in_plane
 from torch import Tensor
 
 from fused_na import functional, packed_neighborhood_attention
-from fused_na.triton import gpu, plan, prepare, query_bias, query_bias_clips
+from fused_na.triton import geometry, gpu, plan, prepare, query_bias, query_bias_clips, tiles
 from fused_na.triton.launch import Launch
 from fused_na.triton.problem import Tensors
-from fused_na.triton.tiles import Tiles, Workload
+from fused_na.triton.tiles import Candidate, Tiles, Workload
+
+KERNELS = ("forward", "query", "key_value", "query_bias")
 
 
 def clear_caches() -> None:
@@ -103,6 +105,7 @@ CLIPS = {  # what `query_bias_clips_kernel` takes, on tiles of 4 x 4 x 2 queries
 
 @pytest.mark.parametrize("programs", [None, 1], ids=["", "fewest programs"])
 @pytest.mark.parametrize("problem", MAPS.values(), ids=MAPS.keys())
+@pytest.mark.usefixtures("no_columns")
 def test_query_and_bias(
     problem: Problem, programs: int | None, launched: list[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -113,6 +116,7 @@ def test_query_and_bias(
     assert launched[2:] == ["bias_copy_kernel", "query_bias_kernel", "fold_rows_kernel", "key_value_kernel"]
 
 
+@pytest.mark.usefixtures("no_columns")
 def test_query_and_bias_with_parts_of_the_samples(monkeypatch: pytest.MonkeyPatch) -> None:
     """Of which the last is smaller."""
     monkeypatch.setattr(prepare, "PROGRAMS", {2: 6})
@@ -121,6 +125,7 @@ def test_query_and_bias_with_parts_of_the_samples(monkeypatch: pytest.MonkeyPatc
 
 @pytest.mark.parametrize("programs", [None, 3], ids=["", "few programs"])
 @pytest.mark.parametrize("problem", CLIPS.values(), ids=CLIPS.keys())
+@pytest.mark.usefixtures("no_columns")
 def test_query_and_bias_of_clips(
     problem: Problem, programs: int | None, launched: list[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -132,8 +137,74 @@ def test_query_and_bias_of_clips(
 
 
 @pytest.mark.parametrize("problem", [MAPS["map"], MAPS["dilated"], CLIPS["clips"]], ids=["map", "dilated", "clips"])
+@pytest.mark.usefixtures("no_columns")
 def test_query_and_bias_packed(problem: Problem) -> None:
     check_packed(problem)
+
+
+_NARROW = dict(head_dim=32, head_dim_v=32, layout="packed")
+COLUMNS = {  # what the kernels of columns take: one or several columns along the first axis, of 4, 8 and 16 tokens
+    "map": Problem((14, 9), (7, 5), (1, 1), (1, 1), (False, False), 2, 1, 1, **_NARROW),
+    "narrow map": Problem((9, 3), (3, 2), (1, 1), (1, 1), (False, False), 2, 2, 1, **_NARROW),
+    "high map": Problem((37, 6), (7, 3), (1, 1), (1, 1), (False, False), 1, 1, 1, **_NARROW),
+    "wide windows": Problem((40, 5), (13, 2), (1, 1), (1, 1), (False, False), 1, 1, 1, **_NARROW),
+    "causal map": Problem((22, 6), (5, 3), (1, 1), (1, 1), (True, False), 1, 1, 1, **_NARROW),
+    "causal on both axes": Problem((9, 10), (4, 5), (2, 1), (1, 1), (True, True), 3, 1, 1, **_NARROW),
+    "strided map": Problem((21, 11), (6, 7), (4, 3), (1, 1), (False, False), 1, 2, 2, **_NARROW),
+    "dilated map": Problem((36, 12), (4, 3), (1, 1), (2, 3), (False, True), 2, 2, 2, **_NARROW),
+    "clip": Problem((16, 5, 6), (7, 3, 4), (1, 1, 1), (1, 1, 1), (False,) * 3, 1, 1, 1, **_NARROW),
+    "uneven clip": Problem((13, 3, 5), (7, 3, 3), (1, 1, 1), (1, 1, 1), (False,) * 3, 2, 1, 1, **_NARROW),
+    "short clip": Problem((5, 7, 3), (5, 4, 3), (1, 1, 1), (1, 1, 1), (False,) * 3, 2, 1, 1, **_NARROW),
+    "long clip": Problem((21, 4, 3), (6, 2, 3), (1, 1, 1), (1, 1, 1), (False,) * 3, 1, 1, 1, **_NARROW),
+    "causal clip": Problem((16, 5, 4), (7, 3, 2), (1, 1, 1), (1, 1, 1), (True, False, False), 1, 1, 1, **_NARROW),
+    "strided clip": Problem((11, 5, 9), (7, 5, 6), (2, 4, 4), (1, 1, 1), (False,) * 3, 1, 1, 1, **_NARROW),
+    "dilated clip": Problem((12, 6, 4), (3, 3, 2), (1, 1, 1), (2, 2, 1), (False,) * 3, 2, 1, 1, **_NARROW),
+    "shared heads": Problem((8, 4, 3), (3, 3, 2), (1, 1, 1), (1, 1, 1), (False,) * 3, 2, 4, 2, **_NARROW),
+    "contiguous": Problem((8, 3, 5), (7, 3, 3), (1, 1, 1), (1, 1, 1), (False,) * 3, 3, **_NARROW | _SCALED),
+}
+
+
+@pytest.fixture(params=[32, 64], ids=["32 tokens", "64 tokens"])
+def columns(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Columns, of up to so many tokens, whatever else might be faster."""
+
+    def choose_tiles(kernel: str, workload: Workload) -> Tiles:
+        assert workload.has_columns
+        candidates = {
+            (of, rank): [Candidate(n, 64, 1, 2, True, 1e6 * n, is_columns=True) for n in (32, request.param)]
+            for of in KERNELS
+            for rank in (2, 3)
+        }
+        with monkeypatch.context() as patched:
+            patched.setattr(tiles, "COLUMNS", candidates)
+            return tiles.choose_tiles.__wrapped__(kernel, workload)
+
+    monkeypatch.setattr(plan, "choose_tiles", choose_tiles)
+    monkeypatch.setattr(geometry, "choose_tiles", choose_tiles)
+
+
+@pytest.mark.parametrize("has_rpb", [True, False], ids=["bias", ""])
+@pytest.mark.parametrize("problem", COLUMNS.values(), ids=COLUMNS.keys())
+def test_columns(
+    problem: Problem, has_rpb: bool, columns: None, launched: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """With a bias, by programs of one item and by few of many, which meet several classes."""
+    for programs in (10**6, 2) if has_rpb else (1,):
+        monkeypatch.setattr(prepare, "MULTIPROCESSORS", programs)
+        monkeypatch.setattr(prepare, "COLUMNS_AT_ONCE", 1)
+        clear_caches()
+        launched.clear()
+        check(replace(problem, has_rpb=has_rpb), has_grad_lse=programs != 2)
+        backward = ["query_bias_columns_kernel" if has_rpb else "query_columns_kernel", "key_value_columns_kernel"]
+        if has_rpb:
+            backward = ["bias_copy_kernel", backward[0], "fold_columns_kernel", backward[1]]
+            assert launched.pop(0) == "bias_copy_kernel"
+        assert launched == ["forward_columns_kernel", *backward]
+
+
+@pytest.mark.parametrize("problem", [COLUMNS["map"], COLUMNS["clip"]], ids=["map", "clip"])
+def test_columns_packed(problem: Problem, columns: None) -> None:
+    check_packed(replace(problem, has_rpb=True))
 
 
 _WIDE = dict(head_dim=128, head_dim_v=128, layout="packed")

@@ -24,13 +24,14 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.utils.checkpoint import checkpoint
 
 from fused_na import blocked, na1d, na2d, na3d, neighborhood_attention, ops, packed_neighborhood_attention
-from fused_na.triton import plan, prepare
+from fused_na.triton import geometry, plan, prepare, tiles
 from fused_na.triton.attention import unscaled
 from fused_na.triton.geometry import Geometry
 from fused_na.triton.launch import Launch
 from fused_na.triton.problem import Problem as LaunchProblem
 from fused_na.triton.problem import Tensors
-from fused_na.triton.tiles import Tiles, Workload, ranked_tiles
+from fused_na.triton.tiles import Candidate, Tiles, Workload, fits_columns, ranked_tiles
+from fused_na.window import Axis
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs an NVIDIA GPU")]
 
@@ -256,6 +257,12 @@ def test_wide_windows(problem: Problem, way: str, monkeypatch: pytest.MonkeyPatc
     plan.plan_of.cache_clear()
 
 
+def workload_of(problem: Problem) -> Workload:
+    """What tiles are chosen for, in 16 bits."""
+    rule = problem.spatial, problem.kernel_size, problem.stride, problem.dilation, problem.is_causal
+    return Workload(tuple(map(Axis, *rule)), problem.head_dim, problem.head_dim_v, 2, problem.has_rpb)
+
+
 _BIASED = dict(head_dim=32, head_dim_v=32, has_rpb=True, layout="packed")
 FUSED = {  # what `query_bias_kernel` takes
     "one tile": Problem((7, 7), (7, 7), (1, 1), (1, 1), (False, False), 3, **_BIASED),
@@ -349,45 +356,82 @@ def launched(planned: list[str], monkeypatch: pytest.MonkeyPatch) -> list[str]:
     return names
 
 
+def check_and_repeat(problem: Problem, has_grad_lse: bool) -> None:
+    """All results against the reference in float64, and the same bits each time."""
+    names = ["output", "log-sum-exp"]
+
+    def results(inputs: dict[str, Tensor], backend: str) -> list[Tensor]:
+        leaves = {name: x.detach().requires_grad_() for name, x in inputs.items()}
+        found = neighborhood_attention(**leaves, **problem.options, return_lse=True, backend=backend)
+        generator = torch.Generator(DEVICE).manual_seed(1)
+        incoming = [torch.randn(x.shape, device=DEVICE, generator=generator).to(x.dtype) for x in found]
+        if backend == "reference":
+            incoming[0] = incoming[0].to(dtype).double()
+        wanted = slice(2 if has_grad_lse else 1)
+        return [*found, *torch.autograd.grad(found[wanted], tuple(leaves.values()), incoming[wanted])]
+
+    for dtype, tolerance in ((torch.bfloat16, 1e-2), (torch.float16, 2e-3)):
+        inputs = problem.inputs(dtype, DEVICE)
+        if problem.has_rpb:
+            inputs["rpb"] = inputs["rpb"].float()
+        expected = results({name: x.double() for name, x in inputs.items()}, "reference")
+        with nan_in_new_tensors():
+            actual = results(inputs, "triton")
+            for _ in range(2):
+                assert all(map(torch.equal, results(inputs, "triton"), actual))
+        pairs = zip([*names, *inputs], actual, expected, strict=True)
+        found = {name: relative_error(x, y) for name, x, y in pairs}
+        assert max(found.values()) < tolerance, found
+
+
 @pytest.mark.parametrize("has_grad_lse", [False, True], ids=["", "lse"])
 @pytest.mark.parametrize("programs", [None, 16, 1], ids=["", "few programs", "fewest programs"])
 @pytest.mark.parametrize("name", [*FUSED, *CLIPS])
 def test_query_and_bias_in_one_kernel(
     name: str, programs: int | None, has_grad_lse: bool, launched: list[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Against the reference in float64, and the same bits each time; few programs have several tiles each."""
-    problem = (FUSED | CLIPS)[name]
+    """Not by columns; few programs have several tiles each."""
+    monkeypatch.setattr(geometry, "fits_columns", lambda workload: False)
     if programs is not None:
         monkeypatch.setattr(prepare, "PROGRAMS", {2: programs, 3: programs})
         monkeypatch.setattr(prepare, "CLIPS_PROGRAMS", programs)
-
-    def gradients(inputs: dict[str, Tensor], backend: str) -> list[Tensor]:
-        leaves = {name: x.detach().requires_grad_() for name, x in inputs.items()}
-        results = neighborhood_attention(**leaves, **problem.options, return_lse=True, backend=backend)
-        generator = torch.Generator(DEVICE).manual_seed(1)
-        incoming = [torch.randn(x.shape, device=DEVICE, generator=generator).to(x.dtype) for x in results]
-        if backend == "reference":
-            incoming[0] = incoming[0].to(dtype).double()
-        wanted = slice(2 if has_grad_lse else 1)
-        return list(torch.autograd.grad(results[wanted], tuple(leaves.values()), incoming[wanted]))
-
-    for dtype, tolerance in ((torch.bfloat16, 1e-2), (torch.float16, 2e-3)):
-        inputs = problem.inputs(dtype, DEVICE)
-        inputs["rpb"] = inputs["rpb"].float()
-        expected = gradients({name: x.double() for name, x in inputs.items()}, "reference")
-        with nan_in_new_tensors():
-            actual = gradients(inputs, "triton")
-            for _ in range(2):
-                assert all(map(torch.equal, gradients(inputs, "triton"), actual))
-        found = {name: relative_error(x, y) for name, x, y in zip(inputs, actual, expected, strict=True)}
-        assert max(found.values()) < tolerance, found
+    check_and_repeat((FUSED | CLIPS)[name], has_grad_lse)
     kernel, other = "query_bias_kernel", "query_bias_clips_kernel"
     if name in CLIPS:
         kernel, other = other, kernel
     assert launched.count(kernel) == 6 and not {other, "query_kernel", "bias_kernel"} & set(launched)
 
 
-PACKED = list((WORKLOADS | WIDE | FUSED | CLIPS | DILATED).values())
+_NARROW = dict(head_dim=32, head_dim_v=32, layout="packed")
+COLUMNS = {name: x for name, x in (FUSED | CLIPS).items() if fits_columns(workload_of(x))} | {
+    "high map": Problem((75, 9), (7, 7), (1, 1), (1, 1), (False, False), 2, **_NARROW),
+    "high windows": Problem((50, 9), (15, 7), (1, 1), (1, 1), (False, False), 2, **_NARROW),
+    "high causal map": Problem((37, 21), (7, 7), (3, 1), (1, 1), (True, False), 2, 4, 2, **_NARROW),
+    "clips of 16": Problem((16, 14, 14), (7, 7, 7), (1, 1, 1), (1, 1, 1), (False,) * 3, 4, **_NARROW),
+    "clips of 13": Problem((13, 11, 9), (7, 5, 7), (1, 1, 1), (1, 1, 1), (False,) * 3, 2, **_NARROW),
+    "clips of 32": Problem((32, 7, 9), (7, 7, 7), (1, 1, 1), (1, 1, 1), (False,) * 3, 2, **_NARROW),
+    "strided clips of 16": Problem((16, 14, 14), (7, 7, 7), (2, 4, 4), (1, 1, 1), (False,) * 3, 3, **_NARROW),
+}
+
+
+@pytest.mark.parametrize("tokens", [32, 64])
+@pytest.mark.parametrize("way", ["", "bias", "bias, few programs"])
+@pytest.mark.parametrize("name", COLUMNS)
+def test_columns(name: str, way: str, tokens: int, launched: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of up to so many tokens, whatever else might be faster."""
+    candidates = [Candidate(n, 64, 1, 2, True, 1e6 * n, is_columns=True) for n in (32, tokens)]
+    monkeypatch.setattr(tiles, "COLUMNS", dict.fromkeys(tiles.COLUMNS, candidates))
+    tiles.choose_tiles.cache_clear()
+    if "few" in way:
+        monkeypatch.setattr(prepare, "MULTIPROCESSORS", 1)
+    check_and_repeat(replace(COLUMNS[name], has_rpb="bias" in way), has_grad_lse=tokens == 32)
+    backward = ["query_bias_columns_kernel", "fold_columns_kernel"] if "bias" in way else ["query_columns_kernel"]
+    expected = {"forward_columns_kernel", *backward, "key_value_columns_kernel"}
+    assert {x for x in launched if x != "bias_copy_kernel"} == expected
+    tiles.choose_tiles.cache_clear()
+
+
+PACKED = list((WORKLOADS | WIDE | FUSED | CLIPS | DILATED | COLUMNS).values())
 
 
 @pytest.mark.parametrize("index", range(len(PACKED)))

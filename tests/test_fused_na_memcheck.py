@@ -26,6 +26,10 @@ SAMPLES = {
         f"test_query_and_bias_in_one_kernel[{problem}-few programs-lse]"
         for problem in ("ragged map", "causal clip", "dilated map", "ragged clips")
     ],
+    "columns": [
+        f"test_columns[{problem}-bias, few programs-{tokens}]"
+        for problem, tokens in (("high causal map", 32), ("clips of 13", 64), ("dilated clip", 32))
+    ],
 }
 BEYOND = """
 import torch

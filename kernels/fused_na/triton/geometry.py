@@ -9,9 +9,10 @@ import torch
 from triton.experimental.gluon._runtime import GluonJITFunction
 
 from fused_na.triton import bulk_copy, gpu
+from fused_na.triton.column_blocks import BLOCK, blocks_of
 from fused_na.triton.launch import Launch
 from fused_na.triton.problem import Layout, Problem, contiguous
-from fused_na.triton.slots import Slots, slots_of
+from fused_na.triton.slots import Slots, column_slots, slots_of
 from fused_na.triton.tiles import (
     Extent,
     Tiles,
@@ -21,6 +22,7 @@ from fused_na.triton.tiles import (
     block_width,
     can_lie_inside,
     choose_tiles,
+    fits_columns,
     regime,
 )
 from fused_na.window import group_members
@@ -49,18 +51,6 @@ class Geometry:
         read = {"query": query, "key": key, "value": value, "grad_output": problem.grad_output}
         layouts = {name: layout for name, layout in read.items() if layout is not None}
         self.output = contiguous((*query.shape[:-1], self.head_dim_v), query.dtype)
-        is_wide = (
-            gpu.capability(problem.device) == 9
-            and itemsize == 2
-            and self.head_dim == self.head_dim_v == 128
-            and self.groups == 1
-            and not has_rpb
-            and problem.additional_keys is None
-            and all(map(self.can_copy_in_bulk, layouts.values()))
-        )
-        self.workload = Workload(
-            problem.axes, self.head_dim, self.head_dim_v, itemsize, has_rpb, shared_memory, is_wide
-        )
         # A tensor's last element decides whether 32-bit offsets reach within a sample; outputs are contiguous in the
         # tokens.
         additional = (problem.additional_keys, problem.additional_values)
@@ -71,6 +61,20 @@ class Geometry:
         ]
         width = self.heads * max(self.head_dim, self.head_dim_v) * problem.pack
         written = prod(axis.length for axis in problem.axes) * width
+        has_wide_offsets = max(*reach, written) >= 2**31
+        is_hopper = (
+            gpu.capability(problem.device) == 9
+            and itemsize == 2
+            and self.head_dim == self.head_dim_v
+            and problem.additional_keys is None
+            and all(map(self.can_copy_in_bulk, layouts.values()))
+        )
+        is_wide = is_hopper and self.head_dim == 128 and self.groups == 1 and not has_rpb
+        self.workload = Workload(
+            problem.axes, self.head_dim, self.head_dim_v, itemsize, has_rpb, shared_memory, is_wide
+        )
+        if is_hopper and not has_wide_offsets and (problem.output is None or self.can_copy_in_bulk(problem.output)):
+            self.workload = self.workload._replace(has_columns=fits_columns(self.workload))
         self.arguments: dict[str, Any] = {
             "scale": problem.scale,
             "length_t": t.length,
@@ -89,7 +93,7 @@ class Geometry:
             "BLOCK_DV": block_width(self.head_dim_v),
             "PACK": problem.pack,
             "DILATED": self.groups > 1,
-            "WIDE": max(*reach, written) >= 2**31,
+            "WIDE": has_wide_offsets,
             "PRECISION": "tf32" if query.dtype == torch.float32 and problem.allow_tf32 else "ieee",
         }
         self.arguments |= {f"{name}_strides": layout.spatial_strides for name, layout in layouts.items()}
@@ -141,7 +145,7 @@ class Geometry:
         copied = moving | (dict.fromkeys(own_tensors, own) if tiles.num_warps < 4 else {})
         layouts = {name: self.layout(name) for name in copied}
         arguments["TMA"] = tiles.bulk and all(map(self.can_copy_in_bulk, layouts.values()))
-        assert arguments["TMA"] or not tiles.is_wide
+        assert arguments["TMA"] or not (tiles.is_wide or tiles.is_columns)
         arguments["OWN_TMA"] = arguments["TMA"] and len(copied) > len(moving)
         bulk = {}
         if arguments["TMA"]:
@@ -183,6 +187,11 @@ class Geometry:
         ):
             return False
         slots = self.slots
+        tiles = choose_tiles("query_bias", self.workload)
+        if tiles.is_columns:
+            blocks = blocks_of(as_three_axes(axes)[0], tiles.query[0] // BLOCK, True)
+            sums = self.heads * slots.classes * prod(slots.counts) * (2 * blocks.span + 1) * 64 * 4
+            return sums <= PARTIAL_BYTES
         least = self.heads * self.groups * slots.classes * slots.bytes
         return slots.bytes <= ACCUMULATOR_BYTES and least <= PARTIAL_BYTES
 
@@ -190,8 +199,10 @@ class Geometry:
     def slots(self) -> Slots:
         """Of the kernels that `fuses_bias` names, for each dilation group, which have one size."""
         tiles = choose_tiles("query_bias", self.workload)
-        axes = (axis._replace(length=axis.length // axis.dilation, dilation=1) for axis in self.problem.axes)
-        return slots_of(tuple(axes), tiles.query, tiles.key)
+        axes = tuple(axis._replace(length=axis.length // axis.dilation, dilation=1) for axis in self.problem.axes)
+        if tiles.is_columns:
+            return column_slots(axes, tiles.query, tiles.key)
+        return slots_of(axes, tiles.query, tiles.key)
 
     def has_interior(self, tiles: Tiles) -> bool:
         """Whether a pair of tiles can lie wholly inside the neighborhood, where nothing is to be masked or added."""

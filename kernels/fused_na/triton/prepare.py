@@ -7,20 +7,27 @@ from typing import Any
 
 from fused_na.triton import gpu
 from fused_na.triton.backward import additional_kernel, bias_fold_kernel, bias_kernel, key_value_kernel, query_kernel
+from fused_na.triton.column_blocks import BLOCK, Blocks, blocks_of
+from fused_na.triton.fold_columns import fold_columns_kernel
 from fused_na.triton.fold_rows import fold_rows_kernel
 from fused_na.triton.forward import forward_kernel
+from fused_na.triton.forward_columns import forward_columns_kernel
 from fused_na.triton.forward_wide import forward_wide_kernel
 from fused_na.triton.geometry import PARTIAL_BYTES, Geometry
+from fused_na.triton.key_value_columns import key_value_columns_kernel
 from fused_na.triton.key_value_wide import key_value_wide_kernel
 from fused_na.triton.launch import Launch, Prepared
 from fused_na.triton.problem import Problem
 from fused_na.triton.query_bias import query_bias_kernel
 from fused_na.triton.query_bias_clips import query_bias_clips_kernel
+from fused_na.triton.query_columns import query_bias_columns_kernel, query_columns_kernel
 from fused_na.triton.query_wide import query_wide_kernel
 from fused_na.triton.slots import CLIPS_PROGRAMS, PROGRAMS, SAMPLES, SLOT, Slots, odd, shares
 from fused_na.triton.tiles import Extent, Tiles, as_three_axes, half
 from fused_na.window import Axis
 
+MULTIPROCESSORS = 132  # of an H100
+COLUMNS_AT_ONCE = 8  # programs of `query_bias_columns_kernel` for which one has registers
 LEAST_CLIPS = 3  # for `query_bias_clips_kernel`, which leaves one warp of four idle then
 
 
@@ -30,7 +37,11 @@ def _forward(geometry: Geometry, tiles: Tiles) -> Prepared:
         return _wide(geometry, forward_wide_kernel, tiles, tiles.query, geometry.heads, moving, ("query", "output"))
     own = "query", "output"
     overlap = geometry.problem.rpb is not None and gpu.overlaps(geometry.problem.device)
-    options = {"OVERLAP": overlap, "launch_pdl": overlap}
+    options: dict[str, Any] = {"OVERLAP": overlap, "launch_pdl": overlap}
+    if tiles.is_columns:
+        options |= _blocks(geometry, tiles, True).arguments
+        launch = geometry.launch(forward_columns_kernel, tiles, tiles.query, geometry.heads, moving, own, **options)
+        return Prepared([launch])
     return Prepared([geometry.launch(forward_kernel, tiles, tiles.query, geometry.heads, moving, own, **options)])
 
 
@@ -54,6 +65,10 @@ def _query(geometry: Geometry, tiles: Tiles) -> Prepared:
         halved = "query", "grad_output", "grad_query"
         return _wide(geometry, query_wide_kernel, tiles, tiles.query, geometry.heads, moving, halved)
     own = "query", "grad_output", "output", "grad_query"
+    if tiles.is_columns:
+        options = _blocks(geometry, tiles, True).arguments
+        launch = geometry.launch(query_columns_kernel, tiles, tiles.query, geometry.heads, moving, own, **options)
+        return Prepared([launch])
     return Prepared([geometry.launch(query_kernel, tiles, tiles.query, geometry.heads, moving, own)])
 
 
@@ -62,6 +77,10 @@ def _key_value(geometry: Geometry, tiles: Tiles) -> Prepared:
     own = "key", "value", "grad_key", "grad_value"
     if tiles.is_wide:
         return _wide(geometry, key_value_wide_kernel, tiles, tiles.key, geometry.heads_kv, moving, own)
+    if tiles.is_columns:
+        options = _blocks(geometry, tiles, False).arguments
+        launch = geometry.launch(key_value_columns_kernel, tiles, tiles.key, geometry.heads_kv, moving, own, **options)
+        return Prepared([launch])
     return Prepared([geometry.launch(key_value_kernel, tiles, tiles.key, geometry.heads_kv, moving, own)])
 
 
@@ -99,7 +118,40 @@ def _bias(geometry: Geometry, tiles: Tiles) -> Prepared:
     return Prepared(launches, {"partial": (splits, block)})
 
 
+def _blocks(geometry: Geometry, tiles: Tiles, over_keys: bool) -> Blocks:
+    own = tiles.query if over_keys else tiles.key
+    return blocks_of(as_three_axes(geometry.problem.axes)[0], own[0] // BLOCK, over_keys)
+
+
+def _query_bias_columns(geometry: Geometry, tiles: Tiles) -> Prepared:
+    slots, heads, blocks = geometry.slots, geometry.heads, _blocks(geometry, tiles, True)
+    places, chunks = slots.shares((1, 1, 1)), geometry.batch * geometry.groups
+    items = prod(places) * chunks
+    copied = 3 * prod(tiles.query) + 4 * BLOCK * blocks.moving * prod(tiles.key[1:])  # tokens in shared memory
+    at_once = min(COLUMNS_AT_ONCE, (228 << 10) // (64 * copied + 1088))
+    share = ceil(items / max(1, MULTIPROCESSORS * at_once // heads))
+    programs = ceil(items / share)
+    rows = programs + slots.classes - 1
+    overlap = gpu.overlaps(geometry.problem.device)
+    own: dict[str, Any] = {"before": odd(slots.before), "alike": odd(slots.alike), "all_places": odd(places)}
+    own |= {"chunks": chunks, "items": items, "share": share, "rows": rows, "COUNTS": slots.counts}
+    own |= blocks.arguments | {"OVERLAP": overlap, "launch_pdl": overlap, "programs": programs * heads}
+    moving = {"key": tiles.key, "value": tiles.key}
+    read = "query", "grad_output", "output", "grad_query"
+    launch = geometry.launch(query_bias_columns_kernel, tiles, tiles.query, heads, moving, read, **own)
+    arguments = geometry.arguments | own | {"QUERY_TILE": tiles.query, "KEY_TILE": tiles.key}
+    arguments |= {"CLASSES": 4, "ROWS": 2, "WIDTH": 16, "num_warps": 2}
+    for name, axis in zip("thw", as_three_axes(geometry.problem.axes), strict=True):
+        arguments[f"length_{name}"] = axis.length // axis.dilation
+    rpb = geometry.problem.grad_rpb
+    assert rpb is not None
+    fold = Launch(fold_columns_kernel, prod(rpb.shape[:-1]) * ceil(rpb.shape[-1] / arguments["WIDTH"]), arguments)
+    return Prepared([launch, fold], {"partial": (heads, rows, prod(slots.counts) * (2 * blocks.span + 1), 64)})
+
+
 def _query_bias(geometry: Geometry, tiles: Tiles) -> Prepared:
+    if tiles.is_columns:
+        return _query_bias_columns(geometry, tiles)
     if len(geometry.problem.axes) == 3 and geometry.groups == 1 and geometry.batch >= LEAST_CLIPS:
         clips = _query_bias_clips(geometry, tiles)
         if 4 * prod(clips.workspaces["partial"]) <= PARTIAL_BYTES:

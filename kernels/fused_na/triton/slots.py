@@ -66,6 +66,15 @@ def slots_of(axes: tuple[Axis, ...], query: Extent, key: Extent) -> Slots:
     return Slots(counts, (counts[0] * key[0] + query[0] - 1) * counts[1] * counts[2], before, alike, after)
 
 
+@lru_cache(maxsize=1024)
+def column_slots(axes: tuple[Axis, ...], query: Extent, key: Extent) -> Slots:
+    """The same for columns, whose blocks lie alike along the first axis wherever they are."""
+    first, *others = as_three_axes(axes)
+    along = [_along(*axis) for axis in zip(others, query[1:], key[1:], strict=True)]
+    counts, before, alike, after = ((h, w) for h, w in zip(*along, strict=True))
+    return Slots((1, *counts), prod(counts), (0, *before), (ceil(first.length / query[0]), *alike), (0, *after))
+
+
 def _along(axis: Axis, query: int, key: int) -> tuple[int, int, int, int]:
     """Most tiles of keys of a tile of queries, and tiles of queries before, in and after the longest row of tiles whose
     first keys lie as far from their first queries."""

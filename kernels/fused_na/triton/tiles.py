@@ -2,9 +2,11 @@
 
 from collections.abc import Iterator
 from functools import lru_cache
+from itertools import product
 from math import ceil, prod
 from typing import NamedTuple
 
+from fused_na.triton.column_blocks import BLOCK, FEWEST_BLOCKS, MOST_MOVING, PLACES, blocks_of
 from fused_na.window import Axis, group_members, inverse_window, window
 
 Extent = tuple[int, int, int]  # sizes along t, h and w
@@ -21,6 +23,7 @@ class Workload(NamedTuple):
     has_rpb: bool = False
     shared_memory: int = HOPPER_SHARED_MEMORY
     is_wide: bool = False  # whether the kernels of `wide.py` can be taken
+    has_columns: bool = False  # whether those of `columns.py` can
 
 
 class Tiles(NamedTuple):
@@ -33,6 +36,7 @@ class Tiles(NamedTuple):
     bulk: bool = False  # load through the bulk copy engine where the machine and the layout allow it
     max_registers: int | None = None  # of a thread; fewer let more programs run at once, None leaves it to the compiler
     is_wide: bool = False  # whether it is one of the kernels of `wide.py`
+    is_columns: bool = False  # whether it is one of those of `columns.py`
 
 
 class Candidate(NamedTuple):
@@ -46,6 +50,7 @@ class Candidate(NamedTuple):
     rate: float  # executed TFLOP/s of the score products on one H100
     max_registers: int | None = None
     is_wide: bool = False
+    is_columns: bool = False  # of whose own column the tokens are `stationary`
 
 
 # By kernel and regime, measured on an H100 and used everywhere. Rates only matter against each other.
@@ -142,6 +147,24 @@ CANDIDATES = {
 }
 
 
+# Of the kernels of `columns.py`, by the number of axes, besides those above: of own columns of 64 and of 32 tokens.
+COLUMN_RATES = {
+    ("forward", 2): (125, 125),
+    ("forward", 3): (85, 85),
+    ("query", 2): (110, 110),
+    ("query", 3): (100, 100),
+    ("key_value", 2): (90, 90),
+    ("key_value", 3): (75, 78),
+    ("query_bias", 3): (1, 1),
+}
+COLUMNS = {
+    which: [
+        Candidate(tokens, 64, 1, 2, True, rate, is_columns=True) for tokens, rate in zip((64, 32), rates, strict=True)
+    ]
+    for which, rates in COLUMN_RATES.items()
+}
+
+
 def regime(workload: Workload) -> str:
     """What a problem is bound by, as far as tiles are concerned; a second key of `CANDIDATES`."""
     axes = workload.axes
@@ -165,6 +188,18 @@ def regime(workload: Workload) -> str:
 
 def _plain(lengths: tuple[int, ...], kernel_size: tuple[int, ...]) -> tuple[Axis, ...]:
     return tuple(map(Axis, lengths, kernel_size))
+
+
+def fits_columns(workload: Workload) -> bool:
+    """Whether the kernels of columns can take a workload, on Hopper and if tensors can be copied in bulk."""
+    first = as_three_axes(workload.axes)[0]
+    return (
+        regime(workload) in ("small", "small volume")
+        and workload.head_dim == workload.head_dim_v == 32
+        and len(workload.axes) > 1
+        and first.kernel_size <= BLOCK * MOST_MOVING
+        and all(blocks_of(first, FEWEST_BLOCKS, over_keys).is_small for over_keys in (True, False))
+    )
 
 
 # Where a search on an H100 found a choice more than 5 % better than the candidates give: 16-bit problems at head_dim
@@ -228,6 +263,24 @@ def executed_scores(axes: tuple[Axis, Axis, Axis], stationary: Extent, moving: E
     return steps * prod(stationary) * prod(moving)
 
 
+def column_pairs(axes: tuple[Axis, Axis, Axis], own: int, over_keys: bool) -> Iterator[tuple[Extent, Extent]]:
+    """Own columns of up to `own` tokens and the boxes of those they meet, which are copied at once."""
+    blocks = blocks_of(axes[0], own // (BLOCK * prod(PLACES[0])), over_keys)
+    if not blocks.is_small:
+        return
+    wide = [(h, w) for h, w in PLACES if h == 1 or axes[1].length > 1]
+    for (own_h, own_w), (h, w) in product(wide, wide):
+        yield (blocks.own * BLOCK, own_h, own_w), (blocks.box, h, w)
+
+
+def executed_in_columns(axes: tuple[Axis, Axis, Axis], own: Extent, moving: Extent, over_keys: bool) -> int:
+    """As `executed_scores`, of the kernels of columns."""
+    blocks = blocks_of(axes[0], own[0] // BLOCK, over_keys)
+    columns = ceil(group_members(axes[0], 0) / own[0]) * axes[0].dilation
+    steps = prod(steps_on_axis(axis, s, m, over_keys) for axis, s, m in zip(axes[1:], own[1:], moving[1:], strict=True))
+    return columns * steps * blocks.met.bit_count() * prod((BLOCK, *own[1:])) * prod((BLOCK, *moving[1:]))
+
+
 def can_lie_inside(axes: tuple[Axis, Axis, Axis], query: Extent, key: Extent) -> bool:
     """Whether a tile of keys can lie in all windows of a tile of queries."""
     return all(q + k - axis.stride <= axis.kernel_size for q, k, axis in zip(query, key, axes, strict=True))
@@ -242,6 +295,8 @@ def estimated_time(
     axes: tuple[Axis, Axis, Axis], stationary: Extent, moving: Extent, over_keys: bool, candidate: Candidate
 ) -> float:
     """How long a kernel takes, in no particular unit."""
+    if candidate.is_columns:
+        return executed_in_columns(axes, stationary, moving, over_keys) / candidate.rate
     time = executed_scores(axes, stationary, moving, over_keys) / candidate.rate
     # The wide kernels gain most from tiles without masks.
     return time if not candidate.is_wide or can_lie_inside(axes, stationary, moving) else 1.05 * time
@@ -261,6 +316,13 @@ def shared_bytes(kernel: str, candidate: Candidate, workload: Workload) -> int:
     return workload.itemsize * rows + bias + 2048
 
 
+def _pairs(candidate: Candidate, axes: tuple[Axis, Axis, Axis], over_keys: bool) -> Iterator[tuple[Extent, Extent]]:
+    """Own tiles and those they meet, as a candidate may have them."""
+    if candidate.is_columns:
+        return column_pairs(axes, candidate.stationary, over_keys)
+    return product(extents(candidate.stationary, axes), extents(candidate.moving, axes))
+
+
 def ranked_tiles(kernel: str, workload: Workload) -> list[tuple[float, Tiles]]:
     """All choices for one kernel ("forward", "query", "key_value" or "bias") of a workload with their estimated times,
     best first.
@@ -268,7 +330,9 @@ def ranked_tiles(kernel: str, workload: Workload) -> list[tuple[float, Tiles]]:
     three = as_three_axes(workload.axes)
     which = regime(workload)
     biased = CANDIDATES.get((kernel, f"{which} with bias")) if workload.has_rpb else None
-    candidates = biased or CANDIDATES.get((kernel, which)) or CANDIDATES[kernel, "small"]
+    candidates = biased or CANDIDATES.get((kernel, which)) or CANDIDATES.get((kernel, "small"), [])
+    if workload.has_columns:
+        candidates = candidates + COLUMNS.get((kernel, len(workload.axes)), [])
     fitting = [
         c
         for c in candidates
@@ -279,8 +343,7 @@ def ranked_tiles(kernel: str, workload: Workload) -> list[tuple[float, Tiles]]:
     ranked = sorted(
         (estimated_time(three, s, m, over_keys, candidate), -m[2], -s[2], s, -m[0], m, candidate)
         for candidate in fitting or candidates[-1:]
-        for s in extents(candidate.stationary, three)
-        for m in extents(candidate.moving, three)
+        for s, m in _pairs(candidate, three, over_keys)
     )
     width = max(workload.head_dim, workload.head_dim_v)
     choices = []
@@ -288,7 +351,7 @@ def ranked_tiles(kernel: str, workload: Workload) -> list[tuple[float, Tiles]]:
         query, key = (stationary, moving) if over_keys else (moving, stationary)
         # Limits were measured at head_dim 32, and those of the wide kernels at their own; they would make others spill.
         registers = c.max_registers if c.is_wide or width <= 32 else None
-        choices.append((cost, Tiles(query, key, c.num_warps, c.num_stages, c.bulk, registers, c.is_wide)))
+        choices.append((cost, Tiles(query, key, c.num_warps, c.num_stages, c.bulk, registers, c.is_wide, c.is_columns)))
     return choices
 
 
@@ -297,7 +360,8 @@ def choose_tiles(kernel: str, workload: Workload) -> Tiles:
     """The tuned choice where there is one, else the first of `ranked_tiles`, with its arguments. "query_bias", on maps
     and clips alone, has one choice."""
     if kernel == "query_bias":
-        return QUERY_BIAS[len(workload.axes)]
+        ranked = ranked_tiles(kernel, workload) if workload.has_columns else []
+        return ranked[0][1] if ranked else QUERY_BIAS[len(workload.axes)]
     if workload[1:5] == (32, 32, 2, False) and (kernel, workload.axes) in TUNED:
         return TUNED[kernel, workload.axes]
     return ranked_tiles(kernel, workload)[0][1]
