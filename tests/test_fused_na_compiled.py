@@ -3,6 +3,7 @@
 import re
 import subprocess
 import tempfile
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -298,8 +299,15 @@ def test_where_clips_share_sums(compiled: list[CompiledKernel], options: dict, i
 @pytest.mark.parametrize("is_packed", [False, True], ids=["", "packed"])
 @pytest.mark.parametrize("has_rpb", [False, True], ids=["", "bias"])
 @pytest.mark.parametrize("axes", [MAP, CLIP, DILATED], ids=["map", "clip", "dilated map"])
-def test_columns(compiled: list[CompiledKernel], axes: tuple[Axis, ...], has_rpb: bool, is_packed: bool) -> None:
+def test_columns(
+    compiled: list[CompiledKernel],
+    prefers_columns: Callable[[int], None],
+    axes: tuple[Axis, ...],
+    has_rpb: bool,
+    is_packed: bool,
+) -> None:
     """Kernels whose steps spill little, of which a multiprocessor runs eight or more at once."""
+    prefers_columns(64 if len(axes) == 3 else 32)
     plan.plan_of.cache_clear()
     run_backward(axes, needs_rpb=has_rpb, is_packed=is_packed)
     kernels = {kernel.metadata.name: kernel for kernel in compiled}
@@ -311,8 +319,10 @@ def test_columns(compiled: list[CompiledKernel], axes: tuple[Axis, ...], has_rpb
     assert ("griddepcontrol.wait" in kernels[backward[0]].asm["ptx"]) == has_rpb
 
 
-def test_columns_compile_once(compiled: list[CompiledKernel]) -> None:
+def test_columns_compile_once(compiled: list[CompiledKernel], prefers_columns: Callable[[int], None]) -> None:
     """For clips of as many frames and any size whose columns lie alike, any batch and number of heads."""
+    prefers_columns(64)
+    plan.plan_of.cache_clear()
     for length, batch in ((56, 4), (28, 3), (112, 16), (84, 33)):
         run_backward((Axis(16, 7), Axis(length, 7), Axis(length, 7)), batch=batch)
     for name in ("query_bias_columns_kernel", "fold_columns_kernel", "key_value_columns_kernel"):

@@ -24,13 +24,13 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.utils.checkpoint import checkpoint
 
 from fused_na import blocked, na1d, na2d, na3d, neighborhood_attention, ops, packed_neighborhood_attention
-from fused_na.triton import geometry, plan, prepare, tiles
+from fused_na.triton import geometry, plan, prepare
 from fused_na.triton.attention import unscaled
 from fused_na.triton.geometry import Geometry
 from fused_na.triton.launch import Launch
 from fused_na.triton.problem import Problem as LaunchProblem
 from fused_na.triton.problem import Tensors
-from fused_na.triton.tiles import Candidate, Tiles, Workload, fits_columns, ranked_tiles
+from fused_na.triton.tiles import Tiles, Workload, fits_columns, ranked_tiles
 from fused_na.window import Axis
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs an NVIDIA GPU")]
@@ -417,18 +417,21 @@ COLUMNS = {name: x for name, x in (FUSED | CLIPS).items() if fits_columns(worklo
 @pytest.mark.parametrize("tokens", [32, 64])
 @pytest.mark.parametrize("way", ["", "bias", "bias, few programs"])
 @pytest.mark.parametrize("name", COLUMNS)
-def test_columns(name: str, way: str, tokens: int, launched: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
-    """Of up to so many tokens, whatever else might be faster."""
-    candidates = [Candidate(n, 64, 1, 2, True, 1e6 * n, is_columns=True) for n in (32, tokens)]
-    monkeypatch.setattr(tiles, "COLUMNS", dict.fromkeys(tiles.COLUMNS, candidates))
-    tiles.choose_tiles.cache_clear()
+def test_columns(
+    name: str,
+    way: str,
+    tokens: int,
+    launched: list[str],
+    prefers_columns: Callable[[int], None],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    prefers_columns(tokens)
     if "few" in way:
         monkeypatch.setattr(prepare, "MULTIPROCESSORS", 1)
     check_and_repeat(replace(COLUMNS[name], has_rpb="bias" in way), has_grad_lse=tokens == 32)
     backward = ["query_bias_columns_kernel", "fold_columns_kernel"] if "bias" in way else ["query_columns_kernel"]
     expected = {"forward_columns_kernel", *backward, "key_value_columns_kernel"}
     assert {x for x in launched if x != "bias_copy_kernel"} == expected
-    tiles.choose_tiles.cache_clear()
 
 
 PACKED = list((WORKLOADS | WIDE | FUSED | CLIPS | DILATED | COLUMNS).values())

@@ -104,6 +104,12 @@ def test_tuned_tiles_are_legal_and_used() -> None:
         assert choose_tiles(kernel, Workload(axes, 32, 32, 2)) == tiles
 
 
+def test_query_and_bias_by_columns_where_those_take_less_time() -> None:
+    for length, has_columns, is_columns in ((7, True, True), (7, False, False), (56, True, False)):
+        workload = Workload((Axis(length, 7), Axis(length, 7)), 32, 32, 2, True, has_columns=has_columns)
+        assert choose_tiles("query_bias", workload).is_columns == is_columns
+
+
 @pytest.mark.parametrize("kernel", KERNELS)
 def test_least_time_of_all_candidates(kernel: str) -> None:
     """No other shape of the same sizes executes fewer scores, and no other candidate's would take less time."""
