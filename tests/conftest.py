@@ -26,6 +26,7 @@ def prefers_columns(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[[int],
     def prefer(tokens: int) -> None:
         candidates = [tiles.Candidate(n, 64, 1, 2, True, 1e6 * n, is_columns=True) for n in {32, tokens}]
         monkeypatch.setattr(tiles, "COLUMNS", dict.fromkeys(tiles.COLUMNS, candidates))
+        monkeypatch.setattr(tiles, "TUNED", {})
         tiles.choose_tiles.cache_clear()
 
     yield prefer

@@ -36,7 +36,7 @@ import torch
 from fused_na.triton.bias_copy import bias_copy_kernel
 
 rpb, copy = torch.zeros(100, device="cuda"), torch.zeros(1024, device="cuda")
-bias_copy_kernel[(1,)](rpb, copy, 1.0, 0, 1000, BLOCK=1024)
+bias_copy_kernel[(1,)](rpb, copy, 1.0, 0, 1000, BLOCK=1024, OVERLAP=False)
 torch.cuda.synchronize()
 """
 pytestmark = [
