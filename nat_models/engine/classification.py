@@ -1,5 +1,6 @@
 """The Lightning module for classification: any timm model, timm's optimisers, schedules, mixup and cutmix."""
 
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -11,13 +12,14 @@ from timm.scheduler import create_scheduler_v2
 from torch import Tensor
 from torch.distributed.fsdp import FSDPModule
 from torch.nn import functional as F
-from torchmetrics import MeanMetric, Metric, MetricCollection
+from torchmetrics import Metric, MetricCollection
 from torchmetrics.classification import MulticlassAccuracy
 
 from nat_models.checkpoints import least_share
 from nat_models.data.device_transforms import Mixup, batch_generator
 from nat_models.data.seeding import BATCH, run_seed, seed_generators
 from nat_models.engine.distillation import Distillation
+from nat_models.engine.metrics import Mean
 from nat_models.engine.position import Position
 from nat_models.engine.sharding import shard
 from nat_models.names import check_model_name
@@ -120,14 +122,15 @@ class ClassificationModule(lightning.LightningModule):
         self.mixup = Mixup(num_classes, label_smoothing=label_smoothing, **mixup) if mixup else None
         self.label_smoothing = label_smoothing
         self.distillation = Distillation(num_classes, in_chans, **distillation) if distillation else None
-        self.train_loss, self.val_loss, self.test_loss = MeanMetric(), MeanMetric(), MeanMetric()
-        self.train_top1 = MulticlassAccuracy(num_classes, average="micro")
+        self.train_loss, self.val_loss, self.test_loss = Mean(), Mean(), Mean()
+        accuracy = partial(MulticlassAccuracy, num_classes, validate_args=False)  # to validate waits for the GPU
+        self.train_top1 = accuracy(average="micro")
         metrics: dict[str, Metric | MetricCollection] = {
-            "top1": MulticlassAccuracy(num_classes, average="micro"),
-            "mean_class_accuracy": MulticlassAccuracy(num_classes, average="macro"),
+            "top1": accuracy(average="micro"),
+            "mean_class_accuracy": accuracy(average="macro"),
         }
         if num_classes > 5:
-            metrics["top5"] = MulticlassAccuracy(num_classes, average="micro", top_k=5)
+            metrics["top5"] = accuracy(average="micro", top_k=5)
         self.val_metrics = MetricCollection(metrics, prefix="val/")
         self.test_metrics = self.val_metrics.clone(prefix="test/")
 
@@ -213,7 +216,7 @@ class ClassificationModule(lightning.LightningModule):
         return self._evaluation_step(batch, self.test_loss, self.test_metrics, "test/loss")
 
     def _evaluation_step(
-        self, batch: tuple[Tensor, ...], mean_loss: MeanMetric, metrics: MetricCollection, loss_name: str
+        self, batch: tuple[Tensor, ...], mean_loss: Mean, metrics: MetricCollection, loss_name: str
     ) -> Tensor:
         images, labels = batch[:2]
         logits = self._logits(images)
