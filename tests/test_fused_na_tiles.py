@@ -104,6 +104,13 @@ def test_tuned_tiles_are_legal_and_used() -> None:
         assert choose_tiles(kernel, Workload(axes, 32, 32, 2)) == tiles
 
 
+def test_key_and_value_by_columns_that_are_the_whole_axis_take_few_registers() -> None:
+    for length, dilation, registers in ((7, 1, 168), (56, 8, 168), (14, 1, None), (56, 1, None)):
+        axis = Axis(length, 7, 1, dilation)
+        tiles = choose_tiles("key_value", Workload((axis, axis), 32, 32, 2, has_columns=True))
+        assert tiles.is_columns and tiles.max_registers == registers
+
+
 def test_query_and_bias_by_columns_where_those_take_less_time() -> None:
     for length, has_columns, is_columns in ((7, True, True), (7, False, False), (56, True, False)):
         workload = Workload((Axis(length, 7), Axis(length, 7)), 32, 32, 2, True, has_columns=has_columns)

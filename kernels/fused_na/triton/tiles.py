@@ -356,6 +356,8 @@ def ranked_tiles(kernel: str, workload: Workload) -> list[tuple[float, Tiles]]:
         query, key = (stationary, moving) if over_keys else (moving, stationary)
         # Limits were measured at head_dim 32, and those of the wide kernels at their own; they would make others spill.
         registers = c.max_registers if c.is_wide or width <= 32 else None
+        if c.is_columns and kernel == "key_value" and group_members(three[0], 0) <= stationary[0] == 8:
+            registers = 168  # of so little it hardly spills, and half as many programs more run at once
         choices.append((cost, Tiles(query, key, c.num_warps, c.num_stages, c.bulk, registers, c.is_wide, c.is_columns)))
     return choices
 
