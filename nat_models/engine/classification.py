@@ -183,7 +183,8 @@ class ClassificationModule(lightning.LightningModule):
         self.train_top1(logits, labels)
         self.log("train/loss", self.train_loss, on_step=True, on_epoch=True, batch_size=len(images))
         self.log("train/top1", self.train_top1, on_step=True, on_epoch=True, batch_size=len(images))
-        self.log("train/lr", max(group["lr"] for group in self.trainer.optimizers[0].param_groups))
+        # Not a number, for whose copy to the GPU Lightning would wait.
+        self.log("train/lr", torch.tensor(max(group["lr"] for group in self.trainer.optimizers[0].param_groups)))
         # A loss that is not finite makes all gradients so, on all ranks: SkipNonFiniteSteps then skips the step.
         return loss * torch.where(finite, 1.0, torch.nan)
 
