@@ -180,6 +180,53 @@ def test_norms_biases_rpb_and_layer_scale_of_a_nat_are_not_decayed():
     assert rates["patch_embed.proj.0.weight"] < blocks[0] < blocks[1] < blocks[2] < rates["head.weight"] == 1.0
 
 
+class Gradients(Callback):
+    """Keeps the norm and the largest element of the gradients that each optimiser step uses."""
+
+    def __init__(self) -> None:
+        self.norms: list[float] = []
+        self.largest: list[float] = []
+
+    def on_train_batch_end(self, trainer, pl_module, *args) -> None:
+        gradients = torch.cat([parameter.grad.flatten() for parameter in pl_module.parameters()])
+        self.norms.append(gradients.norm().item())
+        self.largest.append(gradients.abs().max().item())
+
+
+@pytest.mark.parametrize("fused", [False, True])
+@pytest.mark.parametrize("precision", ["32-true", "bf16-mixed"])
+def test_gradients_are_clipped(precision, fused):
+    settings = {"precision": precision, "gradient_clip_val": 0.015625}
+    by_norm, by_value, module = Gradients(), Gradients(), tiny_module(optimizer={"opt": "adamw", "fused": fused})
+    tiny_trainer(3, [by_norm], **settings).fit(module, digits())
+    assert by_norm.norms == pytest.approx([0.015625] * 3 * STEPS_PER_EPOCH, rel=1e-3)
+    tiny_trainer(3, [by_value], gradient_clip_algorithm="value", **settings).fit(module, digits())
+    assert by_value.largest == [0.015625] * 3 * STEPS_PER_EPOCH < by_value.norms
+
+
+def test_optimisers_are_not_fused_on_the_cpu():
+    for opt in ("adam", "adamw", "sgd"):
+        optimizer, _ = tiny_module(optimizer={"opt": opt, "lr": 1.0}).build_optimizer(3, 1)
+        assert not any(group["fused"] for group in optimizer.param_groups)
+
+
+@pytest.mark.gpu
+def test_adam_is_fused_on_a_gpu_unless_settings_say_otherwise():
+    def is_fused(precision: str = "bf16-mixed", **settings) -> bool:
+        module = tiny_module(optimizer={"opt": "adamw", "lr": 1.0, "layer_decay": 0.5} | settings).cuda()
+        module.trainer = lightning.Trainer(
+            accelerator="gpu", devices=1, precision=precision, logger=False, enable_checkpointing=False
+        )
+        fused = {bool(group.get("fused")) for group in module.build_optimizer(3, 1)[0].param_groups}
+        assert len(fused) == 1
+        return fused.pop()
+
+    assert is_fused() and is_fused(opt="adam") and is_fused("32-true", backbone_lr_factor=0.1)
+    assert not (is_fused("16-mixed") or is_fused(fused=False) or is_fused(foreach=True))
+    assert not (is_fused(opt="sgd") or is_fused(opt="lamb") or is_fused(opt="lookahead_adamw"))
+    assert is_fused(opt="sgd", fused=True)
+
+
 def test_metrics_agree_with_scikit_learn():
     module, data, recorder = tiny_module(), digits(batch_size=64), PredictionRecorder()
     data.setup("fit")

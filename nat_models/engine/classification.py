@@ -7,6 +7,8 @@ from typing import Any
 import lightning
 import timm
 import torch
+from lightning.pytorch.plugins import Precision
+from lightning.pytorch.utilities import GradClipAlgorithmType
 from timm.optim import create_optimizer_v2, list_optimizers
 from timm.scheduler import create_scheduler_v2
 from torch import Tensor
@@ -31,6 +33,8 @@ COMPILE_MODES = ("default", "reduce-overhead", "max-autotune", "max-autotune-no-
 """Of `torch.compile`."""
 SCHEDULES = ("cosine", "tanh", "step", "multistep", "poly", "wsd", "rsqrt", "constant")
 """Those of timm that step once an optimiser step."""
+FUSED_OPTIMIZERS = ("adam", "adamw")
+"""Those that are fused on a GPU, unless settings say otherwise. Fused SGD does not take sharded parameters."""
 
 
 class ClassificationModule(lightning.LightningModule):
@@ -54,7 +58,8 @@ class ClassificationModule(lightning.LightningModule):
             not kept in checkpoints, which bring their own weights.
         optimizer: arguments of `timm.optim.create_optimizer_v2` (`opt`, `lr`, `weight_decay`, `layer_decay`, ...). One-
             dimensional parameters, biases and the model's `no_weight_decay()` are not decayed. `backbone_lr_factor`
-            scales the learning rate of all but the classifier, on top of `layer_decay`.
+            scales the learning rate of all but the classifier, on top of `layer_decay`. Adam and AdamW are `fused` on a
+            GPU, except with fp16, unless it or `foreach` is given.
         schedule: arguments of `timm.scheduler.create_scheduler_v2` (`sched`, `warmup_epochs`, `cooldown_epochs`,
             `warmup_lr`, `min_lr`, ...); steps once an optimiser step and ends with `trainer.max_epochs`.
         mixup: arguments of `Mixup` (`mixup_alpha`, `cutmix_alpha`, `prob`, `switch_prob`, `mode`) or None.
@@ -248,6 +253,10 @@ class ClassificationModule(lightning.LightningModule):
         schedule = dict(self.hparams["schedule"] or {"sched": "constant"})
         check_choice("optim.schedule.sched", schedule.get("sched", "cosine"), SCHEDULES)
         where = f"optim.optimizer={settings}"
+        is_open = str(settings.get("opt")).lower() in FUSED_OPTIMIZERS and not settings.keys() & {"fused", "foreach"}
+        # Under fp16, Lightning does not clip the gradients of a fused optimiser.
+        if is_open and next(self.model.parameters()).is_cuda and not self._is_scaled():
+            settings["fused"] = True
         try:
             factor = settings.pop("backbone_lr_factor", 1.0)
             optimizer = create_optimizer_v2(self.model, **settings)
@@ -265,6 +274,24 @@ class ClassificationModule(lightning.LightningModule):
         except (AssertionError, ImportError, TypeError, ValueError) as error:
             raise ValueError(f"{where}: {' '.join(str(error).split())}") from error
         return optimizer, scheduler
+
+    def configure_gradient_clipping(
+        self,
+        optimizer: torch.optim.Optimizer,
+        gradient_clip_val: float | None = None,
+        gradient_clip_algorithm: str | None = None,
+    ) -> None:
+        if self._is_scaled():
+            self.clip_gradients(optimizer, gradient_clip_val, gradient_clip_algorithm)
+        else:
+            # Under autocast Lightning refuses this for fused optimisers, which might have to unscale gradients first.
+            plugin: Any = self.trainer.precision_plugin
+            algorithm = GradClipAlgorithmType(gradient_clip_algorithm or "norm")
+            Precision.clip_gradients(plugin, optimizer, gradient_clip_val or 0.0, algorithm)
+
+    def _is_scaled(self) -> bool:
+        """Whether losses and gradients are scaled, as with fp16."""
+        return getattr(self.trainer.precision_plugin, "scaler", None) is not None
 
     def lr_scheduler_step(self, scheduler: Any, metric: Any) -> None:
         scheduler.step_update(self._schedule_step())
