@@ -25,6 +25,12 @@ TINY += ["model.model_kwargs.drop_path_rate=0", "trainer.max_epochs=2", "optim.s
 TINY += ["data.eval_batch_size=90"]
 
 
+def rows_of(path: Path) -> list[dict[str, str]]:
+    """Those of a csv file, but for the columns of speed."""
+    with open(path, newline="") as file:
+        return [{key: row[key] for key in row if not key.startswith("speed/")} for row in csv.DictReader(file)]
+
+
 def losses(run_dir: Path) -> dict[str, list[float]]:
     """The losses of training and validation after each epoch."""
     with open(run_dir / "csv" / "metrics.csv", newline="") as file:
@@ -66,6 +72,62 @@ def test_two_processes_train_as_one_with_the_same_effective_batch(one_process, t
     assert json.loads((run_dir / "manifest.json").read_text())["world_size"] == 2
     expected = json.loads((one_process / "results.json").read_text())
     assert results["metrics"]["val/top1"] == pytest.approx(expected["metrics"]["val/top1"], abs=1 / 360)
+
+
+LATE = """
+import sys
+from types import SimpleNamespace
+
+import torch
+
+sys.path.insert(0, {tests!r})
+from training_runs import compose_train, train
+
+from nat_models.engine import non_finite
+from nat_models.engine.classification import ClassificationModule
+
+step = ClassificationModule.training_step
+
+
+def poisoned_step(module, batch, batch_idx):
+    if (module.current_epoch, batch_idx, module.global_rank) in [(0, 5, 0), (1, 3, 1)]:
+        batch[0][0] = float("nan")
+    return step(module, batch, batch_idx)
+
+
+def copy_late(flag):
+    print("the host is ahead", flush=True)
+    copy = torch.full_like(flag, 0.5)
+    return copy, SimpleNamespace(synchronize=lambda: copy.copy_(flag))
+
+
+ClassificationModule.training_step = poisoned_step
+if {is_late}:
+    non_finite.ASYNCHRONOUS = ("cpu",)
+    non_finite._copy_to_host = copy_late
+train(compose_train({run_dir!r}, *sys.argv[1:]))
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("trainer", ["ddp", "fsdp"])
+def test_processes_leave_out_the_same_steps_when_verdicts_come_late(tmp_path, trainer):
+    settings = [*TINY, f"trainer={trainer}", "trainer.devices=2", "data.batch_size=32", "+optim.optimizer.fused=true"]
+    for name in ("waits", "ahead"):
+        script = tmp_path / f"{name}.py"
+        tests, run_dir = str(REPOSITORY / "tests"), str(tmp_path / name)
+        script.write_text(LATE.format(tests=tests, run_dir=run_dir, is_late=name == "ahead"))
+        process = run(tmp_path, str(script), *settings, launcher=TORCHRUN)
+        assert process.returncode == 0, process.stderr
+        assert ("the host is ahead" in process.stdout) == (name == "ahead")
+    waits, ahead = (tmp_path / name for name in ("waits", "ahead"))
+    for file in ("skipped_steps.csv", "csv/metrics.csv"):
+        assert rows_of(waits / file) == rows_of(ahead / file), file
+    assert {(row["epoch"], row["batch"], row["rank"]) for row in rows_of(ahead / "skipped_steps.csv")} == {
+        (epoch, batch, rank) for epoch, batch in (("0", "5"), ("1", "3")) for rank in ("0", "1")
+    }
+    for name, value in weights(waits).items():
+        assert torch.equal(value, weights(ahead)[name]) and value.isfinite().all(), name
 
 
 def test_sharded_models_are_evaluated_on_what_the_processes_do_not_divide(tmp_path):

@@ -2,6 +2,7 @@
 
 import signal
 import time
+from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
 from types import FrameType
@@ -28,8 +29,8 @@ class LastCheckpoint(Callback):
     After a signal, the checkpoint is saved at the end of the step, or of the validation pass, and the run ends with
     `Preempted`. Lightning's own handlers of these signals, SLURM's among them, are out of use while training.
 
-    While steps are left out because they are not finite, `SkipNonFiniteSteps` sets `is_held`, and nothing is saved: the
-    weights may be the reason. The checkpoint of before stays, from which a run that is stopped then goes on.
+    While steps are left out because they are not finite, which `SkipNonFiniteSteps` tells when it is asked, nothing is
+    saved: the weights may be the reason. The checkpoint of before stays, from which a run that is stopped then goes on.
 
     Stands before callbacks that change the weights when training ends, `EMAWeightAveraging` among them.
 
@@ -51,7 +52,7 @@ class LastCheckpoint(Callback):
         self.path = Path(dirpath) / LAST
         self.every_n_train_steps = every_n_train_steps
         self.every_n_minutes = every_n_minutes
-        self.is_held = False
+        self.is_held: Callable[[], bool] = bool  # False, unless `SkipNonFiniteSteps` puts itself here
         self._signal: signal.Signals | None = None
         self._handlers: dict[signal.Signals, Any] = {}
         self._saved_at = 0.0
@@ -138,7 +139,7 @@ class LastCheckpoint(Callback):
         return trainer.strategy.reduce_boolean_decision(decision, all=False)
 
     def _take_down(self, trainer: lightning.Trainer) -> None:
-        if self.is_held:
+        if self.is_held():
             self._stop_if_asked(trainer)
         else:
             self._to_save = {"epoch": trainer.current_epoch, "fit_loop": trainer.fit_loop.state_dict()}
@@ -161,7 +162,7 @@ class LastCheckpoint(Callback):
             return
         if trainer.is_global_zero:
             reason = f"stopped by {self._signal.name}" if self._signal else "stopped by a signal to another process"
-            saved = "which is left out, so that nothing is saved" if self.is_held else f"which {self.path} holds"
+            saved = "which is left out, so that nothing is saved" if self.is_held() else f"which {self.path} holds"
             print(
                 f"{reason} after step {trainer.global_step}, {saved}; to go on, repeat the command "
                 f"with ckpt_path=auto run_dir={self.path.parent.parent}",
