@@ -106,7 +106,7 @@ class Distillation:
         """
         shape = (-1, *[1] * (images.ndim - 2))
         old_mean, old_std, new_mean, new_std = (
-            torch.tensor(values, dtype=torch.float32, device=images.device).view(shape)
+            torch.tensor(values, dtype=torch.float32).view(shape).to(images.device, non_blocking=True)
             for values in (mean, std, self._mean, self._std)
         )
         images = (images.float() * old_std + old_mean).expand(-1, self._channels, *images.shape[2:])
