@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from nat_models.engine.classification import ClassificationModule
+from nat_models.engine.last_checkpoint import ask_no_process_for_sigterm
 from nat_models.engine.step_times import StepTimes
 
 MIXUP = {"mixup_alpha": 0.8, "cutmix_alpha": 1.0}  # of the ImageNet recipes
@@ -60,7 +61,7 @@ def trainer_for(
     times: StepTimes, steps: int, callbacks: list[lightning.Callback], **settings: Any
 ) -> lightning.Trainer:
     """A trainer of one epoch of `steps` steps, without validation, logs and checkpoints."""
-    return lightning.Trainer(
+    trainer = lightning.Trainer(
         max_epochs=1,
         limit_train_batches=steps,
         limit_val_batches=0,
@@ -72,3 +73,5 @@ def trainer_for(
         enable_model_summary=False,
         **settings,
     )
+    ask_no_process_for_sigterm(trainer)  # as `LastCheckpoint` has it
+    return trainer

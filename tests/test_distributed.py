@@ -104,7 +104,7 @@ def copy_late(flag):
 ClassificationModule.training_step = poisoned_step
 if {is_late}:
     non_finite.ASYNCHRONOUS = ("cpu",)
-    non_finite._copy_to_host = copy_late
+    non_finite.copy_to_host = copy_late
 train(compose_train({run_dir!r}, *sys.argv[1:]))
 """
 
@@ -128,6 +128,40 @@ def test_processes_leave_out_the_same_steps_when_verdicts_come_late(tmp_path, tr
     }
     for name, value in weights(waits).items():
         assert torch.equal(value, weights(ahead)[name]) and value.isfinite().all(), name
+
+
+PREEMPTED = """
+import os
+import signal
+import sys
+
+sys.path.insert(0, {tests!r})
+from training_runs import compose_train, train
+
+from nat_models.engine.classification import ClassificationModule
+
+step = ClassificationModule.training_step
+
+
+def step_and_signal(module, batch, batch_idx):
+    if (batch_idx, module.global_rank) == (5, 1):
+        os.kill(os.getpid(), signal.SIGTERM)
+    return step(module, batch, batch_idx)
+
+
+ClassificationModule.training_step = step_and_signal
+train(compose_train({run_dir!r}, *sys.argv[1:]))
+"""
+
+
+def test_a_signal_to_one_process_stops_all_after_the_next_step(tmp_path):
+    script = tmp_path / "script.py"
+    script.write_text(PREEMPTED.format(tests=str(REPOSITORY / "tests"), run_dir=str(tmp_path / "run")))
+    settings = [*TINY, "trainer=ddp", "trainer.devices=2", "data.batch_size=32"]
+    process = run(tmp_path, str(script), *settings, launcher=TORCHRUN)
+    assert process.returncode != 0, process.stderr
+    assert "stopped by a signal to another process after step 7" in process.stdout, process.stdout
+    assert torch.load(tmp_path / "run" / "checkpoints" / "last.ckpt", weights_only=True)["global_step"] == 7
 
 
 def test_sharded_models_are_evaluated_on_what_the_processes_do_not_divide(tmp_path):

@@ -53,7 +53,7 @@ def late(monkeypatch):
 
     def begin() -> None:
         monkeypatch.setattr(non_finite, "ASYNCHRONOUS", ("cpu",))
-        monkeypatch.setattr(non_finite, "_copy_to_host", copy_late)
+        monkeypatch.setattr(non_finite, "copy_to_host", copy_late)
 
     return begin
 

@@ -9,6 +9,7 @@ from types import FrameType
 from typing import Any
 
 import lightning
+import torch
 from lightning.pytorch.callbacks import Callback, ModelCheckpoint
 from lightning.pytorch.loggers import TensorBoardLogger
 
@@ -16,6 +17,7 @@ from nat_models.data import DataModule
 from nat_models.data.workers import PREEMPTION_SIGNALS
 from nat_models.engine.checkpoint_io import LAST, PREVIOUS
 from nat_models.engine.errors import Preempted
+from nat_models.engine.host_copy import copy_to_host
 from nat_models.engine.position import Batch, Position
 
 
@@ -27,7 +29,8 @@ class LastCheckpoint(Callback):
     as the metrics are on disk: when the next step or epoch begins.
 
     After a signal, the checkpoint is saved at the end of the step, or of the validation pass, and the run ends with
-    `Preempted`. Lightning's own handlers of these signals, SLURM's among them, are out of use while training.
+    `Preempted`. Lightning's own handlers of these signals, SLURM's among them, are out of use while training. Several
+    processes hear of each other's signals and clocks a step late, so that none of them waits for its GPU.
 
     While steps are left out because they are not finite, which `SkipNonFiniteSteps` tells when it is asked, nothing is
     saved: the weights may be the reason. The checkpoint of before stays, from which a run that is stopped then goes on.
@@ -58,18 +61,20 @@ class LastCheckpoint(Callback):
         self._saved_at = 0.0
         self._begins_epoch = False  # whether the checkpoint that the run goes on from was saved at the end of an epoch
         self._to_save: dict[str, Any] | None = None  # what replaces entries of Lightning's checkpoint
+        self._asked: tuple[torch.Tensor, torch.cuda.Event | None] | None = None  # how many processes want one saved
 
     def on_train_start(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule) -> None:
         if self._begins_epoch:
             trainer.fit_loop.epoch_loop.restarting = False
         self._saved_at = time.monotonic()
+        ask_no_process_for_sigterm(trainer)
         self._handlers = {number: signal.signal(number, self._on_signal) for number in PREEMPTION_SIGNALS}
 
     def on_train_batch_end(
         self, trainer: lightning.Trainer, pl_module: lightning.LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
         is_step = (batch_idx + 1) % trainer.accumulate_grad_batches == 0 and not trainer.is_last_batch
-        if is_step and self._agreed(trainer, self._is_due(trainer)):
+        if is_step and self._is_due(trainer):
             self._take_down(trainer)
 
     def on_train_batch_start(
@@ -130,9 +135,27 @@ class LastCheckpoint(Callback):
         self._handlers = {}
 
     def _is_due(self, trainer: lightning.Trainer) -> bool:
-        by_step = self.every_n_train_steps and trainer.global_step % self.every_n_train_steps == 0
+        """Whether a checkpoint is to be saved now, the same on all ranks."""
+        by_step = self.every_n_train_steps is not None and trainer.global_step % self.every_n_train_steps == 0
         by_time = self.every_n_minutes and time.monotonic() - self._saved_at >= 60 * self.every_n_minutes
-        return bool(self._signal or by_step or by_time)
+        is_wanted = bool(self._signal or by_time)
+        if trainer.world_size == 1:
+            return by_step or is_wanted
+        is_due = by_step or self._was_wanted()
+        if not is_due:
+            wanted = torch.full((), float(is_wanted), device=trainer.strategy.root_device)
+            torch.distributed.all_reduce(wanted)
+            self._asked = copy_to_host(wanted)
+        return is_due
+
+    def _was_wanted(self) -> bool:
+        """Whether any rank wanted one when all were asked."""
+        if self._asked is None:
+            return False
+        (wanted, copied), self._asked = self._asked, None
+        if copied is not None:
+            copied.synchronize()
+        return bool(wanted)
 
     def _agreed(self, trainer: lightning.Trainer, decision: bool) -> bool:
         """Whether any rank has decided so."""
@@ -152,7 +175,7 @@ class LastCheckpoint(Callback):
             if isinstance(logger, TensorBoardLogger) and trainer.is_global_zero:
                 logger.experiment.flush()
         trainer.save_checkpoint(self.path)
-        self._to_save = None
+        self._to_save = self._asked = None
         self._saved_at = time.monotonic()
         self._stop_if_asked(trainer)
 
@@ -169,6 +192,11 @@ class LastCheckpoint(Callback):
                 flush=True,
             )
         raise Preempted
+
+
+def ask_no_process_for_sigterm(trainer: lightning.Trainer) -> None:
+    """Keeps Lightning from asking the first of several processes in every batch, which would wait for the GPU."""
+    trainer.fit_loop.epoch_loop._broadcast_sigterm_tensor = lambda: None  # type: ignore[method-assign]
 
 
 def _relocate(state: dict[str, Any], folder: Path) -> None:

@@ -14,6 +14,7 @@ from nat_models.data import DataModule
 from nat_models.engine.checkpoint import read_checkpoint
 from nat_models.engine.checkpoint_io import PREVIOUS
 from nat_models.engine.errors import NonFiniteStepsError
+from nat_models.engine.host_copy import copy_to_host
 from nat_models.engine.last_checkpoint import LastCheckpoint
 from nat_models.engine.position import Position
 
@@ -106,7 +107,7 @@ class SkipNonFiniteSteps(Callback):
         if scaler is None and _skips_on_device(optimizer, norm.device):
             found_inf = norm.isfinite().logical_not().float()
             optimizer.found_inf = found_inf  # type: ignore[attr-defined]
-            self._pending = _Verdict(step, found_inf, *_copy_to_host(found_inf))
+            self._pending = _Verdict(step, found_inf, *copy_to_host(found_inf))
             return
         is_finite = bool(norm.isfinite())
         if not is_finite:
@@ -208,14 +209,6 @@ def _skips_on_device(optimizer: torch.optim.Optimizer, device: torch.device) -> 
     takes_flag = is_fused and getattr(optimizer, "_step_supports_amp_scaling", False)
     # The first step makes the state; of fused SGD, even if it is left out, with a momentum that is uninitialised.
     return device.type in ASYNCHRONOUS and takes_flag and len(optimizer.state) > 0
-
-
-def _copy_to_host(flag: torch.Tensor) -> tuple[torch.Tensor, Any]:
-    """A copy in the host's memory, and the event after which it is there."""
-    on_host = flag.to("cpu", non_blocking=True)  # which is pinned memory
-    copied = torch.cuda.Event()
-    copied.record()
-    return on_host, copied
 
 
 def _last_checkpoints(trainer: lightning.Trainer) -> list[LastCheckpoint]:
