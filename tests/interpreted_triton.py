@@ -565,8 +565,9 @@ def fold_and_compare(axes: tuple[Axis, ...], prepared: Prepared, rpb: Tensor, ki
 def prepare_query_bias(
     axes: tuple[Axis, ...], batch: int, heads: int, monkeypatch: pytest.MonkeyPatch
 ) -> tuple[Geometry, Prepared, Tensor]:
-    """The launches of the gradients of queries and bias as on Hopper, and a tensor for the latter."""
+    """The launches of the gradients of queries and bias as on Hopper, not by columns, and a tensor for the latter."""
     monkeypatch.setattr(gpu, "capability", lambda device: 9)
+    monkeypatch.setattr("fused_na.triton.geometry.fits_columns", lambda workload: False)
     query = torch.empty(batch, *(axis.length for axis in axes), heads, 32, dtype=torch.bfloat16)
     rpb = torch.empty(heads, *(2 * axis.kernel_size - 1 for axis in axes))
     tensors: Tensors = dict.fromkeys(["query", "key", "value", "grad_output", "output"], query)
