@@ -8,7 +8,8 @@ from torchmetrics import Metric
 class Mean(Metric):
     """The weighted mean of scalars.
 
-    torchmetrics' `MeanMetric` asks on the host whether each one is NaN, so that this waits for the GPU in every step.
+    One that is NaN makes the mean so. torchmetrics' `MeanMetric` would leave it out: the host looks at each one, and so
+    waits for the GPU in every step.
     """
 
     full_state_update = False

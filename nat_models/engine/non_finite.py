@@ -68,8 +68,8 @@ class SkipNonFiniteSteps(Callback):
     when the scale has come down to 1, where it cannot be the reason any more.
 
     On a GPU, fused optimisers leave out steps themselves, and the host, which has launched most of the next step by
-    then, reads the verdict there: before the optimiser's next step, or earlier if a checkpoint is saved or the epoch
-    ends. With other optimisers the host waits for it in every step.
+    then, reads the verdict there: before the optimiser's next step, or earlier if a checkpoint is saved, the epoch ends
+    or validation begins. With other optimisers the host waits for it in every step.
 
     Args:
         path: csv file of the samples: optimiser step, epoch, batch, rank, and the sample's path or number.
@@ -89,6 +89,7 @@ class SkipNonFiniteSteps(Callback):
         self._pending: _Verdict | None = None
 
     def on_train_start(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule) -> None:
+        self._pending = None  # of a run that ended with an error
         for callback in _last_checkpoints(trainer):
             callback.is_held = self.is_last_step_skipped
 
@@ -125,6 +126,9 @@ class SkipNonFiniteSteps(Callback):
             skipped += self._pending.found_inf
         pl_module.log("train/skipped_steps", skipped)
 
+    def on_validation_start(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule) -> None:
+        self._read_verdict()
+
     def on_train_epoch_end(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule) -> None:
         self._read_verdict()
 
@@ -132,7 +136,7 @@ class SkipNonFiniteSteps(Callback):
         self, trainer: lightning.Trainer, pl_module: lightning.LightningModule, exception: BaseException
     ) -> None:
         if trainer.world_size == 1:  # others might not come to gather their samples
-            with suppress(RuntimeError):  # past a limit, or of the GPU
+            with suppress(Exception):  # past a limit, of the GPU or a full disk; the first error is the one to show
                 self._read_verdict()
 
     def is_last_step_skipped(self) -> bool:
