@@ -1,7 +1,7 @@
 """Images per second of training with batches at hand, with tar shards and with a folder, and where the time goes.
 
     python benchmarks/input.py
-    python benchmarks/input.py --device cpu --model test_vit --images 256 --links 1 --batch-size 16 --steps 8
+    python benchmarks/input.py --device cpu --model test_vit --images 256 --links 8 --batch-size 16 --steps 8
 
 The data is made here: JPEG files of 500 x 375 pixels and about 110 kB, as ImageNet's are, of random smooth fields with
 fine texture, linked several times over to make a longer epoch. They are read from memory: `/dev/shm`, or what the
@@ -51,7 +51,7 @@ SIZE = (500, 375)  # width and height
 BYTES = 110_000  # of a file
 CLASSES = 10
 PROFILED = 5  # steps
-SKIPPED = 30  # steps, at the start of each measurement
+SKIPPED = 120  # steps, at the start of each training: until what workers read ahead while it compiled is used up
 
 
 def write_jpeg(index: int, root: Path) -> None:
@@ -185,7 +185,7 @@ def main() -> int:
     parser.add_argument("--workers", type=int, default=os.cpu_count() or 1)
     parser.add_argument("--images", type=int, default=4096, help="different files (default: %(default)s)")
     parser.add_argument(
-        "--links", type=int, default=6, help="times that each file is in the set (default: %(default)s)"
+        "--links", type=int, default=8, help="times that each file is in the set (default: %(default)s)"
     )
     parser.add_argument("--steps", type=int, default=100, help="measured of each training (default: %(default)s)")
     parser.add_argument(

@@ -5,18 +5,12 @@ from collections.abc import Callable, Iterator
 import pytest
 from hypothesis import settings
 
-from fused_na.triton import geometry, tiles
+from fused_na.triton import tiles
 
 # The same examples in every run; `pytest --hypothesis-profile=explore` searches further.
 settings.register_profile("repeatable", deadline=None, derandomize=True, max_examples=150)
 settings.register_profile("explore", deadline=None, max_examples=1000)
 settings.load_profile("repeatable")
-
-
-@pytest.fixture
-def no_columns(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Has small windows take other kernels than those of columns."""
-    monkeypatch.setattr(geometry, "fits_columns", lambda workload: False)
 
 
 @pytest.fixture
@@ -26,7 +20,6 @@ def prefers_columns(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[[int],
     def prefer(tokens: int) -> None:
         candidates = [tiles.Candidate(n, 64, 1, 2, True, 1e6 * n, is_columns=True) for n in {32, tokens}]
         monkeypatch.setattr(tiles, "COLUMNS", dict.fromkeys(tiles.COLUMNS, candidates))
-        monkeypatch.setattr(tiles, "TUNED", {})
         tiles.choose_tiles.cache_clear()
 
     yield prefer

@@ -99,7 +99,7 @@ def pointer_to(x: Tensor) -> Pointer:
     return Pointer(x.as_strided((x.untyped_storage().nbytes() // x.itemsize,), (1,), 0), x.storage_offset())
 
 
-def load(pointer: Pointer, mask: Any = True, other: float = float("nan")) -> Tensor:
+def load(pointer: Pointer, mask: Any = True, other: float = float("nan"), eviction_policy: str = "") -> Tensor:
     offset, mask = pointer.places(mask)
     loaded = pointer.memory[torch.where(mask, offset, 0)].as_subclass(Value)
     return loaded if mask.all() else torch.where(mask, loaded, torch.tensor(other, dtype=loaded.dtype))
@@ -432,6 +432,8 @@ STAND_INS = {
     # Kernels' own, and their functions in assembly or with more of Triton than there is here.
     "INTERPRETED": True,
     "load_row_pair": load_pair,
+    "load_sums": partial(load, other=0.0),
+    "store_sums": store,
     "packed": lambda x, dtype: x.to(dtype),
     "unpacked": lambda pairs, dtype: pairs,
     "packed_product": lambda pairs, x, dtype: (pairs.float() * x).to(dtype),

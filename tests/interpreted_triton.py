@@ -8,12 +8,11 @@ import os
 import random
 from dataclasses import replace
 from itertools import product
-from math import ceil, prod
+from math import ceil
 from pathlib import Path
 
 import pytest
 import test_fused_na_golden as golden
-import test_fused_na_slots as slots
 import torch
 import triton
 import triton.language as tl
@@ -26,19 +25,13 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 from fused_na import merge_attentions, na2d, neighborhood_attention, ops, packed_neighborhood_attention
 from fused_na.triton import (
     attention,
-    bias_places,
     bulk_copy,
     gpu,
     neighborhood,
     plan,
-    prepare,
-    query_bias,
-    query_bias_clips,
     walk,
 )
-from fused_na.triton.geometry import PARTIAL_BYTES, Geometry, divisor
-from fused_na.triton.launch import Prepared
-from fused_na.triton.problem import Tensors, problem_of
+from fused_na.triton.geometry import divisor
 from fused_na.triton.tiles import Extent, Tiles, Workload, as_three_axes
 from fused_na.window import Axis, inverse_window, window
 
@@ -506,139 +499,6 @@ def test_copy_of_the_bias(dtype: torch.dtype) -> None:
     margin = copy.storage_offset()
     assert len(room) == 2 * margin + rpb.numel() and margin >= 13 + 2 * attention.LARGEST_TILE
     assert not room[:margin].any() and not room[-margin:].any()
-
-
-@triton.jit
-def places_kernel(kinds, tiles, before, alike, box, places):
-    """Class of each place, `[places]`, and its tiles of queries, `[places, 64, 3]`."""
-    before, alike = bias_places.plain(before), bias_places.plain(alike)
-    box, places = bias_places.plain(box), bias_places.plain(places)
-    place = tl.program_id(0)
-    kind, share = bias_places.share_of_place(place, before, bias_places.groups_of(alike, box), places)
-    tl.store(kinds + place, kind)
-    tile_t, tiles_t = bias_places.tiles_of_share(share[0], before[0], alike[0], box[0])
-    tile_h, tiles_h = bias_places.tiles_of_share(share[1], before[1], alike[1], box[1])
-    tile_w, tiles_w = bias_places.tiles_of_share(share[2], before[2], alike[2], box[2])
-    for index in range(tiles_t * tiles_h * tiles_w):
-        t, h, w = bias_places.unravel_along(index, (tiles_t, tiles_h, tiles_w))
-        tile = tiles + (place * 64 + index) * 3
-        tl.store(tile, tile_t + t)
-        tl.store(tile + 1, tile_h + h)
-        tl.store(tile + 2, tile_w + w)
-
-
-def kinds_of_places(axes: tuple[Axis, ...], prepared: Prepared, extent: Extent) -> list[int]:
-    """Class of each place by the kernel's rule, once it is seen that they are in order, and that places have all tiles
-    of their classes, each once."""
-    classes, arguments = slots.classes_of(axes), prepared.launches[1].arguments
-    count = prod(bias_places.plain.fn(arguments["places"]))
-    kinds = torch.full((count,), -1, dtype=torch.int32)
-    tiles = torch.full((count, 64, 3), -1, dtype=torch.int32)
-    places_kernel[(count,)](kinds, tiles, *(arguments[name] for name in ("before", "alike", "box", "places")))
-    begins: list[list[tuple[int, ...]]] = [[] for _ in classes]
-    for kind, own in zip(kinds.tolist(), tiles, strict=True):
-        begins[kind] += [tuple(begin) for begin in (own[own[:, 0] >= 0] * torch.tensor(extent)).tolist()]
-    assert [sorted(own) for own in begins] == [sorted(own) for _, own in classes]
-    assert kinds.tolist() == sorted(kinds.tolist())
-    return kinds.tolist()
-
-
-def fold_and_compare(axes: tuple[Axis, ...], prepared: Prepared, rpb: Tensor, kind_of_row: dict[int, int]) -> None:
-    """The gradient of the bias from random sums in the rows of classes, and none in others."""
-    shape = prepared.workspaces["partial"]
-    assert max(kind_of_row) == shape[1] - 1
-    partial = torch.full(shape, torch.nan)
-    partial[:, list(kind_of_row)] = torch.randn(len(rpb), len(kind_of_row), *shape[2:])
-    prepared.launches[1]({"grad_rpb": rpb.fill_(torch.nan), "partial": partial})
-
-    positions = slots.relative_positions(axes).unflatten(1, (-1, *shape[2:4])).movedim(1, 3)
-    groups = shape[4] - positions.shape[3]  # one more where groups come in pairs, which is none
-    positions = torch.nn.functional.pad(positions, (0, 0, 0, groups), value=-1)
-    assert positions.shape[1:] == shape[2:] and 0 <= groups <= 1
-    expected = torch.zeros(len(rpb), rpb[0].numel(), dtype=torch.float64)
-    for row, kind in kind_of_row.items():
-        numbers = positions[kind].flatten()
-        expected.index_add_(1, numbers[numbers >= 0], partial[:, row].double().flatten(1)[:, numbers >= 0])
-    torch.testing.assert_close(rpb.flatten(1).double(), expected, rtol=1e-5, atol=1e-4)
-
-
-def prepare_query_bias(
-    axes: tuple[Axis, ...], batch: int, heads: int, monkeypatch: pytest.MonkeyPatch
-) -> tuple[Geometry, Prepared, Tensor]:
-    """The launches of the gradients of queries and bias as on Hopper, not by columns, and a tensor for the latter."""
-    monkeypatch.setattr(gpu, "capability", lambda device: 9)
-    monkeypatch.setattr("fused_na.triton.geometry.fits_columns", lambda workload: False)
-    query = torch.empty(batch, *(axis.length for axis in axes), heads, 32, dtype=torch.bfloat16)
-    rpb = torch.empty(heads, *(2 * axis.kernel_size - 1 for axis in axes))
-    tensors: Tensors = dict.fromkeys(["query", "key", "value", "grad_output", "output"], query)
-    tensors |= dict(rpb=rpb, grad_rpb=rpb, additional_keys=None, additional_values=None)
-    geometry = Geometry(problem_of(axes, 1.0, tensors))
-    assert geometry.fuses_bias
-    prepared = prepare.PREPARE["query_bias"](geometry, plan.choose_tiles("query_bias", geometry.workload))
-    assert prod(prepared.workspaces["partial"]) * 4 <= PARTIAL_BYTES
-    return geometry, prepared, rpb
-
-
-@pytest.mark.parametrize(
-    ("axes", "batch", "heads"),
-    [
-        ((Axis(7, 7), Axis(7, 7)), 3, 2),
-        ((Axis(14, 5), Axis(20, 7)), 40, 1),  # several parts of the samples
-        ((Axis(13, 3, 2), Axis(19, 5, 3)), 3, 1),
-        ((Axis(13, 3, 1, 1, True), Axis(80, 2)), 2, 2),  # several tiles a program
-        ((Axis(5, 3, 1, 1, True), Axis(6, 2), Axis(5, 3)), 2, 2),
-        ((Axis(18, 3, 1, 2), Axis(12, 4, 2, 3)), 5, 2),
-        ((Axis(4, 2), Axis(6, 2, 1, 2), Axis(10, 2, 1, 2, True)), 3, 1),
-    ],
-)
-def test_sums_of_the_bias_gradient(
-    axes: tuple[Axis, ...], batch: int, heads: int, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """What follows the kernel that takes the query's gradient as well, on random sums in its place."""
-    monkeypatch.setattr(prepare, "PROGRAMS", {2: 40, 3: 20})
-    geometry, prepared, rpb = prepare_query_bias(axes, batch, heads, monkeypatch)
-    main = prepared.launches[0]
-    assert main.kernel is query_bias.query_bias_kernel
-    chunks = ceil(batch / main.arguments["samples_per_program"])
-    chunks *= prod(axis.dilation for axis in axes)  # which a relative position does not depend on, as on the group
-    axes = tuple(axis._replace(length=axis.length // axis.dilation, dilation=1) for axis in axes)
-    kinds = kinds_of_places(axes, prepared, plan.choose_tiles("query_bias", geometry.workload).query)
-    assert main.arguments["chunks"] == chunks and main.grid[0] == heads * len(kinds) * chunks
-    fold_and_compare(axes, prepared, rpb, {row: kinds[row // chunks] for row in range(len(kinds) * chunks)})
-
-
-@pytest.mark.parametrize(
-    ("axes", "batch", "heads", "programs"),
-    [
-        ((Axis(8, 7), Axis(9, 3), Axis(11, 5)), 4, 2, 16),
-        ((Axis(9, 5, 1, 1, True), Axis(10, 7), Axis(11, 3)), 5, 2, 8),  # programs may end between a place's items
-        ((Axis(14, 7), Axis(8, 7), Axis(21, 7)), 9, 1, 5),
-        ((Axis(6, 3, 2), Axis(7, 4, 3), Axis(12, 5)), 3, 3, 2),  # a program for each head
-        ((Axis(5, 3), Axis(5, 5, 1, 1, True), Axis(20, 13, 2)), 3, 1, 1000),  # an item for each
-        ((Axis(2, 2), Axis(4, 3), Axis(60, 3)), 16, 1, 6),  # one class has nearly all
-    ],
-)
-def test_rows_of_the_bias_gradient(
-    axes: tuple[Axis, ...], batch: int, heads: int, programs: int, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """What follows the kernel for several clips, on random sums in its place."""
-    monkeypatch.setattr(prepare, "CLIPS_PROGRAMS", programs)
-    geometry, prepared, rpb = prepare_query_bias(axes, batch, heads, monkeypatch)
-    main = prepared.launches[0]
-    assert main.kernel is query_bias_clips.query_bias_clips_kernel
-    assert main.grid[0] <= max(programs, heads)
-    kinds = kinds_of_places(axes, prepared, plan.choose_tiles("query_bias", geometry.workload).query)
-
-    # A row for each class of each program.
-    arguments = main.arguments
-    chunks, share = ceil(batch / 4), arguments["share"]
-    assert (arguments["chunks"], arguments["items"]) == (chunks, len(kinds) * chunks)
-    assert main.grid[0] == heads * ceil(arguments["items"] / share)
-    kind_of_row: dict[int, int] = {}
-    for item in range(arguments["items"]):
-        kind = kinds[item // chunks]
-        assert kind_of_row.setdefault(item // share + kind, kind) == kind
-    fold_and_compare(axes, prepared, rpb, kind_of_row)
 
 
 @pytest.mark.parametrize("has_rpb", [True, False], ids=["rpb", "additional"])

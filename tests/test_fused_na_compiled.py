@@ -14,11 +14,10 @@ from triton.compiler import CompiledKernel
 from triton.runtime import driver
 
 from fused_na.triton import attention, gpu, plan
-from fused_na.triton.geometry import ACCUMULATOR_BYTES, Geometry
+from fused_na.triton.geometry import Geometry
 from fused_na.triton.launch import Launch, Prepared
 from fused_na.triton.problem import Tensors, problem_of
-from fused_na.triton.slots import slots_of
-from fused_na.triton.tiles import Workload, choose_tiles
+from fused_na.triton.tiles import choose_tiles
 from fused_na.window import Axis
 
 CUOBJDUMP = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
@@ -215,117 +214,46 @@ def test_forward_waits_for_the_copy_of_the_bias(compiled: list[CompiledKernel], 
 
 
 @pytest.mark.parametrize("is_packed", [False, True], ids=["", "packed"])
-@pytest.mark.parametrize("has_grad_lse", [False, True], ids=["", "lse"])
-@pytest.mark.parametrize("axes", [MAP, CLIP, DILATED], ids=["map", "clip", "dilated map"])
-@pytest.mark.usefixtures("no_columns")
-def test_query_and_bias(
-    compiled: list[CompiledKernel], axes: tuple[Axis, ...], has_grad_lse: bool, is_packed: bool
-) -> None:
-    """One kernel without spills, of which a multiprocessor runs several at once, and the sums of what it leaves."""
-    plan.plan_of.cache_clear()
-    run_backward(axes, has_grad_lse=has_grad_lse, batch=2, is_packed=is_packed)
-    kernels = {kernel.metadata.name: kernel for kernel in compiled}
-    assert list(kernels) == ["bias_copy_kernel", "query_bias_kernel", "fold_rows_kernel", "key_value_kernel"]
-    waiting = [name for name, kernel in kernels.items() if "griddepcontrol.wait" in kernel.asm["ptx"]]
-    overlapping = [name for name, kernel in kernels.items() if kernel.metadata.launch_pdl]
-    assert waiting == overlapping == ["query_bias_kernel"]  # for the copy, launched just before
-    usage = {name: dump(kernel, "-res-usage") for name, kernel in kernels.items() if name != "key_value_kernel"}
-    assert all("STACK:0 " in x for x in usage.values())
-    assert kernels["query_bias_kernel"].metadata.shared <= (56 << 10)
-
-
-@pytest.mark.parametrize("is_packed", [False, True], ids=["", "packed"])
-@pytest.mark.parametrize("has_grad_lse", [False, True], ids=["", "lse"])
-@pytest.mark.parametrize("is_causal", [False, True], ids=["", "causal"])
-@pytest.mark.usefixtures("no_columns")
-def test_query_and_bias_of_clips(
-    compiled: list[CompiledKernel], is_causal: bool, has_grad_lse: bool, is_packed: bool
-) -> None:
-    """One kernel whose steps spill nothing, of which a multiprocessor runs two at once, and the sum of its rows."""
-    plan.plan_of.cache_clear()
-    axes = CLIP[0]._replace(is_causal=is_causal), *CLIP[1:]
-    run_backward(axes, has_grad_lse=has_grad_lse, is_packed=is_packed)
-    kernels = {kernel.metadata.name: kernel for kernel in compiled}
-    assert list(kernels) == ["bias_copy_kernel", "query_bias_clips_kernel", "fold_rows_kernel", "key_value_kernel"]
-    kernel = kernels["query_bias_clips_kernel"]
-    assert "griddepcontrol.wait" in kernel.asm["ptx"] and kernel.metadata.launch_pdl
-    loop = steps_loop(kernel)
-    assert sum("HMMA" in x for x in loop) == 48 and not any(re.search(r"\b(LDL|STL)\b", x) for x in loop)
-    assert kernel.metadata.shared <= HALF_OF_A_MULTIPROCESSOR
-    assert spilled_bytes(kernel) <= 128 and spilled_bytes(kernels["fold_rows_kernel"]) == 0
-
-
-@pytest.mark.usefixtures("no_columns")
-def test_query_and_bias_of_clips_with_most_sums(compiled: list[CompiledKernel]) -> None:
-    """Two programs fit on a multiprocessor whenever the sums are few enough for the kernels."""
-    axes = Axis(2, 2), Axis(39, 29), Axis(19, 7)
-    plan.plan_of.cache_clear()
-    run_backward(axes)
-    slots = slots_of(axes, *choose_tiles("query_bias", Workload(axes, 32, 32, 2))[:2])
-    assert slots.bytes == ACCUMULATOR_BYTES and slots.counts[0] == 1  # of which the last pair takes most
-    kernel = next(kernel for kernel in compiled if kernel.metadata.name == "query_bias_clips_kernel")
-    assert kernel.metadata.shared <= HALF_OF_A_MULTIPROCESSOR
-
-
-@pytest.mark.usefixtures("no_columns")
-def test_query_and_bias_of_clips_compiles_once(compiled: list[CompiledKernel]) -> None:
-    """For maps and batches of all sizes, and for any number of heads."""
-    for length, batch in ((56, 4), (28, 3), (41, 16), (32, 33)):
-        run_backward((Axis(16, 7), Axis(length, 7), Axis(length, 7)), batch=batch)
-    for name in ("query_bias_clips_kernel", "fold_rows_kernel"):
-        kernels = [kernel for kernel in compiled if kernel.metadata.name == name]
-        assert len(kernels) == 4 and len({kernel.hash for kernel in kernels}) == 1
-
-
-@pytest.mark.parametrize(
-    ("options", "is_for_clips"),
-    [
-        (dict(axes=CLIP), True),
-        (dict(axes=CLIP, batch=2), False),
-        (dict(axes=(Axis(16, 7, 1, 2), *CLIP[1:])), False),
-        (dict(axes=MAP, batch=9), False),
-        (dict(axes=(Axis(40, 3), Axis(80, 5, 3), Axis(83, 5, 3))), False),  # too many classes, hence rows
-    ],
-)
-@pytest.mark.usefixtures("no_columns")
-def test_where_clips_share_sums(compiled: list[CompiledKernel], options: dict, is_for_clips: bool) -> None:
-    plan.plan_of.cache_clear()
-    run_backward(**options)
-    names = [kernel.metadata.name for kernel in compiled]
-    assert ("query_bias_clips_kernel" in names) == is_for_clips
-    assert ("query_bias_kernel" in names) != is_for_clips
-
-
-@pytest.mark.parametrize("is_packed", [False, True], ids=["", "packed"])
 @pytest.mark.parametrize("has_rpb", [False, True], ids=["", "bias"])
+@pytest.mark.parametrize("batch", [3, 128], ids=["", "several samples"])
 @pytest.mark.parametrize("axes", [MAP, CLIP, DILATED], ids=["map", "clip", "dilated map"])
 def test_columns(
     compiled: list[CompiledKernel],
     prefers_columns: Callable[[int], None],
     axes: tuple[Axis, ...],
+    batch: int,
     has_rpb: bool,
     is_packed: bool,
 ) -> None:
     """Kernels whose steps spill little, of which a multiprocessor runs eight or more at once."""
     prefers_columns(64 if len(axes) == 3 else 32)
     plan.plan_of.cache_clear()
-    run_backward(axes, needs_rpb=has_rpb, is_packed=is_packed)
+    run_backward(axes, needs_rpb=has_rpb, is_packed=is_packed, batch=batch)
     kernels = {kernel.metadata.name: kernel for kernel in compiled}
-    backward = ["query_bias_columns_kernel", "fold_columns_kernel"] if has_rpb else ["query_columns_kernel"]
+    backward = ["query_columns_kernel"]
+    if has_rpb:
+        backward = ["query_bias_columns_kernel", "sum_classes_kernel", "fold_columns_kernel"]
     assert list(kernels) == ["bias_copy_kernel", *backward, "key_value_columns_kernel"]
     for name in (backward[0], "key_value_columns_kernel"):
         assert kernels[name].metadata.shared <= HALF_OF_A_MULTIPROCESSOR // 4
         assert spilled_bytes(kernels[name]) <= 128
     assert ("griddepcontrol.wait" in kernels[backward[0]].asm["ptx"]) == has_rpb
+    # Sums of maps stay in shared memory.
+    assert ("L2::evict_last" in kernels[backward[0]].asm["ptx"]) == (has_rpb and len(axes) == 3)
+    if has_rpb:  # all loads of a step are under way before the first addition
+        loads_and_additions = re.findall(r"(LDG|FADD)", dump(kernels["sum_classes_kernel"], "-sass"))
+        assert loads_and_additions[:8] == ["LDG"] * 8
 
 
 def test_columns_compile_once(compiled: list[CompiledKernel], prefers_columns: Callable[[int], None]) -> None:
-    """For clips of as many frames and any size whose columns lie alike, any batch and number of heads."""
+    """For clips of as many frames and any size whose columns lie alike, any batch and, but for the additions of rows,
+    any number of heads."""
     prefers_columns(64)
     plan.plan_of.cache_clear()
     for length, batch in ((56, 4), (28, 3), (112, 16), (84, 33)):
         run_backward((Axis(16, 7), Axis(length, 7), Axis(length, 7)), batch=batch)
-    for name in ("query_bias_columns_kernel", "fold_columns_kernel", "key_value_columns_kernel"):
+    folds = "sum_classes_kernel", "fold_columns_kernel"
+    for name in ("query_bias_columns_kernel", *folds, "key_value_columns_kernel"):
         kernels = [kernel for kernel in compiled if kernel.metadata.name == name]
         assert len(kernels) == 4 and len({kernel.hash for kernel in kernels}) == 1
 
@@ -348,11 +276,11 @@ def test_columns_compile_once(compiled: list[CompiledKernel], prefers_columns: C
         (dict(axes=(Axis(300, 7),)), False),
         (dict(axes=(Axis(1024, 3), Axis(8, 3))), True),
         (dict(axes=(Axis(56, 23), Axis(56, 23))), False),
-        (dict(axes=(Axis(8, 2), Axis(16, 16), Axis(16, 16))), False),  # too many sums for shared memory
-        (dict(axes=(Axis(200, 12, 11), Axis(800, 5, 3))), False),  # too many classes of tiles
+        (dict(axes=(Axis(8, 2), Axis(16, 16), Axis(16, 16))), True),
+        (dict(axes=(Axis(200, 12, 11), Axis(800, 5, 3))), True),
+        (dict(axes=(Axis(8, 3), Axis(400, 5, 3), Axis(400, 5, 3))), False),  # too many classes of columns
     ],
 )
-@pytest.mark.usefixtures("no_columns")
 def test_where_query_and_bias_share_a_kernel(
     compiled: list[CompiledKernel], options: dict, is_fused: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:

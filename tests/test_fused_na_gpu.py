@@ -24,7 +24,7 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.utils.checkpoint import checkpoint
 
 from fused_na import blocked, na1d, na2d, na3d, neighborhood_attention, ops, packed_neighborhood_attention
-from fused_na.triton import geometry, plan, prepare
+from fused_na.triton import plan, prepare
 from fused_na.triton.attention import unscaled
 from fused_na.triton.geometry import Geometry
 from fused_na.triton.launch import Launch
@@ -264,7 +264,7 @@ def workload_of(problem: Problem) -> Workload:
 
 
 _BIASED = dict(head_dim=32, head_dim_v=32, has_rpb=True, layout="packed")
-FUSED = {  # what `query_bias_kernel` takes
+BIASED = {  # small windows, which columns can take but for a few wide ones
     "one tile": Problem((7, 7), (7, 7), (1, 1), (1, 1), (False, False), 3, **_BIASED),
     "map": Problem((14, 14), (7, 7), (1, 1), (1, 1), (False, False), 5, **_BIASED),
     "ragged map": Problem((21, 27), (7, 7), (1, 1), (1, 1), (False, False), 7, 3, 3, **_BIASED),
@@ -285,8 +285,6 @@ FUSED = {  # what `query_bias_kernel` takes
     "dilated map": Problem((28, 42), (7, 7), (1, 1), (4, 2), (False, False), 5, 4, 2, **_BIASED),
     "dilation on one axis": Problem((14, 63), (5, 7), (2, 1), (1, 3), (False, True), 3, **_BIASED),
     "dilated clip": Problem((8, 9, 12), (3, 3, 4), (1, 1, 1), (2, 3, 1), (True, False, False), 3, **_BIASED),
-}
-CLIPS = {  # what `query_bias_clips_kernel` takes
     "clips": Problem((8, 8, 8), (3, 3, 3), (1, 1, 1), (1, 1, 1), (False,) * 3, 9, **_BIASED),
     "three clips": Problem((8, 12, 14), (7, 7, 7), (1, 1, 1), (1, 1, 1), (False,) * 3, 3, **_BIASED),
     "ragged clips": Problem((9, 11, 13), (7, 7, 7), (1, 1, 1), (1, 1, 1), (False,) * 3, 5, **_BIASED),
@@ -384,26 +382,8 @@ def check_and_repeat(problem: Problem, has_grad_lse: bool) -> None:
         assert max(found.values()) < tolerance, found
 
 
-@pytest.mark.parametrize("has_grad_lse", [False, True], ids=["", "lse"])
-@pytest.mark.parametrize("programs", [None, 16, 1], ids=["", "few programs", "fewest programs"])
-@pytest.mark.parametrize("name", [*FUSED, *CLIPS])
-def test_query_and_bias_in_one_kernel(
-    name: str, programs: int | None, has_grad_lse: bool, launched: list[str], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """Not by columns; few programs have several tiles each."""
-    monkeypatch.setattr(geometry, "fits_columns", lambda workload: False)
-    if programs is not None:
-        monkeypatch.setattr(prepare, "PROGRAMS", {2: programs, 3: programs})
-        monkeypatch.setattr(prepare, "CLIPS_PROGRAMS", programs)
-    check_and_repeat((FUSED | CLIPS)[name], has_grad_lse)
-    kernel, other = "query_bias_kernel", "query_bias_clips_kernel"
-    if name in CLIPS:
-        kernel, other = other, kernel
-    assert launched.count(kernel) == 6 and not {other, "query_kernel", "bias_kernel"} & set(launched)
-
-
 _NARROW = dict(head_dim=32, head_dim_v=32, layout="packed")
-COLUMNS = {name: x for name, x in (FUSED | CLIPS).items() if fits_columns(workload_of(x))} | {
+COLUMNS = {name: x for name, x in BIASED.items() if fits_columns(workload_of(x))} | {
     "high map": Problem((75, 9), (7, 7), (1, 1), (1, 1), (False, False), 2, **_NARROW),
     "high windows": Problem((50, 9), (15, 7), (1, 1), (1, 1), (False, False), 2, **_NARROW),
     "high causal map": Problem((37, 21), (7, 7), (3, 1), (1, 1), (True, False), 2, 4, 2, **_NARROW),
@@ -415,7 +395,7 @@ COLUMNS = {name: x for name, x in (FUSED | CLIPS).items() if fits_columns(worklo
 
 
 @pytest.mark.parametrize("tokens", [32, 64])
-@pytest.mark.parametrize("way", ["", "bias", "bias, few programs"])
+@pytest.mark.parametrize("way", ["", "few programs", "bias", "bias, few programs"])
 @pytest.mark.parametrize("name", COLUMNS)
 def test_columns(
     name: str,
@@ -428,13 +408,16 @@ def test_columns(
     prefers_columns(tokens)
     if "few" in way:
         monkeypatch.setattr(prepare, "MULTIPROCESSORS", 1)
+        monkeypatch.setattr(prepare, "samples_of_program", lambda *_: 2)
     check_and_repeat(replace(COLUMNS[name], has_rpb="bias" in way), has_grad_lse=tokens == 32)
-    backward = ["query_bias_columns_kernel", "fold_columns_kernel"] if "bias" in way else ["query_columns_kernel"]
+    backward = ["query_columns_kernel"]
+    if "bias" in way:
+        backward = ["query_bias_columns_kernel", "sum_classes_kernel", "fold_columns_kernel"]
     expected = {"forward_columns_kernel", *backward, "key_value_columns_kernel"}
     assert {x for x in launched if x != "bias_copy_kernel"} == expected
 
 
-PACKED = list((WORKLOADS | WIDE | FUSED | CLIPS | DILATED | COLUMNS).values())
+PACKED = list((WORKLOADS | WIDE | BIASED | DILATED | COLUMNS).values())
 
 
 @pytest.mark.parametrize("index", range(len(PACKED)))
@@ -458,7 +441,7 @@ def test_packed(index: int) -> None:
 @pytest.mark.parametrize("name", ["map", "ragged clips"])
 def test_query_and_bias_with_a_bias_of_each_dtype(name: str, planned: list[str]) -> None:
     """One after the other, on the same shapes: its gradient is written in its own."""
-    problem = (FUSED | CLIPS)[name]
+    problem = BIASED[name]
     inputs = problem.inputs(torch.bfloat16, DEVICE)
     for dtype in (torch.bfloat16, torch.float32, torch.bfloat16):
         found = attend_with_gradients(problem, inputs | {"rpb": inputs["rpb"].to(dtype)}, "triton")
@@ -472,7 +455,7 @@ def test_query_and_bias_with_a_bias_of_each_dtype(name: str, planned: list[str])
 @pytest.mark.parametrize("name", ["ragged map", "ragged clips"])
 def test_query_and_bias_beside_infinite_scores(name: str, planned: list[str]) -> None:
     """A bias too large for a float32 exponential outside of the map does no harm to the sums."""
-    problem = (FUSED | CLIPS)[name]
+    problem = BIASED[name]
     inputs = problem.inputs(torch.bfloat16, DEVICE)
     inputs["rpb"] = inputs["rpb"] + 300.0
     found = errors(problem, inputs)
@@ -482,7 +465,7 @@ def test_query_and_bias_beside_infinite_scores(name: str, planned: list[str]) ->
 
 def test_query_and_bias_in_a_cuda_graph(planned: list[str]) -> None:
     """Captured after a first call and replayed on other values."""
-    problem = FUSED["map"]
+    problem = BIASED["map"]
     inputs = problem.inputs(torch.bfloat16, DEVICE)
     side = torch.cuda.Stream()
     side.wait_stream(torch.cuda.current_stream())

@@ -22,13 +22,12 @@ SAMPLES = {
     "random 9": ["test_random_problems[9-float32]"],
     "models": ["test_benchmark_workloads[img_s2-rpb]", "test_dilations_that_divide_lengths[map-rpb-packed]"],
     "wide windows": ["test_wide_windows[map, odd stride-packed, forced]"],
-    "query and bias": [
-        f"test_query_and_bias_in_one_kernel[{problem}-few programs-lse]"
-        for problem in ("ragged map", "causal clip", "dilated map", "ragged clips")
+    "maps by columns": [
+        f"test_columns[{problem}-bias, few programs-32]" for problem in ("ragged map", "dilated map", "strided")
     ],
     "columns": [
         f"test_columns[{problem}-bias, few programs-{tokens}]"
-        for problem, tokens in (("high causal map", 32), ("clips of 13", 64), ("dilated clip", 32))
+        for problem, tokens in (("high causal map", 64), ("clips of 13", 64), ("dilated clip", 32))
     ],
 }
 BEYOND = """

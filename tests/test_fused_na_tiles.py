@@ -11,7 +11,6 @@ from hypothesis import strategies as st
 
 from fused_na.triton.tiles import (
     CANDIDATES,
-    TUNED,
     Extent,
     Tiles,
     Workload,
@@ -98,23 +97,11 @@ def test_any_legal_problem(problem: Problem, kernel: str, head_dim: int, size: i
     assert_legal(tiles, kernel, axes, 8 * head_dim, 8 * head_dim, size)
 
 
-def test_tuned_tiles_are_legal_and_used() -> None:
-    for (kernel, axes), tiles in TUNED.items():
-        assert_legal(tiles, kernel, axes, 32, 32, 2)
-        assert choose_tiles(kernel, Workload(axes, 32, 32, 2)) == tiles
-
-
 def test_key_and_value_by_columns_that_are_the_whole_axis_take_few_registers() -> None:
     for length, dilation, registers in ((7, 1, 168), (56, 8, 168), (14, 1, None), (56, 1, None)):
         axis = Axis(length, 7, 1, dilation)
         tiles = choose_tiles("key_value", Workload((axis, axis), 32, 32, 2, has_columns=True))
         assert tiles.is_columns and tiles.max_registers == registers
-
-
-def test_query_and_bias_by_columns_where_those_take_less_time() -> None:
-    for length, has_columns, is_columns in ((7, True, True), (7, False, False), (56, True, False)):
-        workload = Workload((Axis(length, 7), Axis(length, 7)), 32, 32, 2, True, has_columns=has_columns)
-        assert choose_tiles("query_bias", workload).is_columns == is_columns
 
 
 @pytest.mark.parametrize("kernel", KERNELS)

@@ -1,11 +1,9 @@
-"""Where programs of `query_bias.py` and `query_bias_clips.py` find their tiles of queries, and where they leave sums.
+"""Where programs of `query_columns.py` find their columns of queries, and where they leave sums of the bias gradient.
 
-Along an axis tiles are shared out: up to `box` of those that are alike to a share, each other one to a share of its
-own. The shares of a head, its places, are in the order of their classes (`slots.py`). Each of them, with a chunk of the
-samples, is an item, and programs have equal numbers of items. A program with one item leaves its sums in a row of that
-number. One with several leaves a row for each class that it meets: row `program + class` of the head, since from a row
-to the next either program or class moves on by one. Where both do, a row is left out. `fold_rows.py` adds up all rows
-by relative position.
+The columns of a head, its places, are in the order of their classes (`column_classes.py`). Each of them, with a sample,
+is an item, and programs have equal numbers of items. A program leaves a row of sums for each class that it meets: row
+`program + class` of the head, since from a row to the next either program or class moves on by one. Where both do, a
+row is left out. Within a class, its programs take the items in turn. `fold_columns.py` adds up all rows.
 """
 
 import triton
@@ -14,7 +12,7 @@ import triton.language as tl
 
 @triton.jit
 def plain(extent):
-    """An extent that the host made odd (`slots.odd`)."""
+    """An extent that the host made odd (`column_classes.odd`)."""
     return (extent[0] >> 1) - 1, (extent[1] >> 1) - 1, (extent[2] >> 1) - 1
 
 
@@ -26,52 +24,45 @@ def unravel_along(index, extents):
 
 
 @triton.jit
-def groups_of(alike, box):
-    """Shares along each axis of the tiles that are alike."""
-    return tl.cdiv(alike[0], box[0]), tl.cdiv(alike[1], box[1]), tl.cdiv(alike[2], box[2])
+def extent_of_class(kind, before, alike):
+    """First column of a class along an axis, and how many it has."""
+    return tl.where(kind > before, kind + alike - 1, kind), tl.where(kind == before, alike, 1)
 
 
 @triton.jit
-def tiles_of_share(index, before, alike, box):
-    """First tile of queries of a share along an axis, and how many it has."""
-    groups = tl.cdiv(alike, box)
-    group = index - before
-    is_alike = (group >= 0) & (group < groups)
-    other = tl.where(group < 0, index, index - groups + alike)
-    first = tl.where(is_alike, before + group * box, other)
-    return first, tl.where(is_alike, tl.minimum(box, alike - group * box), 1)
+def columns_of_class(kind_h, kind_w, before, alike, places):
+    """First column of a class, and how many it has along each axis; all those along the first one."""
+    first_h, size_h = extent_of_class(kind_h, before[1], alike[1])
+    first_w, size_w = extent_of_class(kind_w, before[2], alike[2])
+    return (0, first_h, first_w), (places[0], size_h, size_w)
 
 
 @triton.jit
-def shares_of_class(kind, before, groups):
-    """First share of a class along an axis, and how many it has."""
-    return tl.where(kind > before, kind + groups - 1, kind), tl.where(kind == before, groups, 1)
-
-
-@triton.jit
-def class_of_share(index, before, groups):
-    """Of a share along an axis: its class, that class's first share, and how many that has."""
-    is_before, is_after = index < before, index >= before + groups
-    kind = tl.where(is_before, index, tl.where(is_after, index - groups + 1, before))
-    first, size = shares_of_class(kind, before, groups)
-    return kind, first, size
+def class_of_column(index, before, alike):
+    """Class of a column along an axis."""
+    return tl.where(index < before, index, tl.where(index >= before + alike, index - alike + 1, before))
 
 
 @triton.jit
 def first_place(first, size, places):
-    """Place of a class's first share, from the class's first shares and sizes along the axes."""
-    return first[0] * (places[1] * places[2]) + size[0] * (first[1] * places[2] + size[1] * first[2])
+    """A class's first place, from its first column and its sizes along the axes."""
+    return size[0] * (first[1] * places[2] + size[1] * first[2])
 
 
 @triton.jit
-def share_of_place(index, before, groups, places):
-    """Class and share `(t, h, w)` of a place."""
-    kind_t, first_t, size_t = class_of_share(index // (places[1] * places[2]), before[0], groups[0])
-    index -= first_t * (places[1] * places[2])
-    kind_h, first_h, size_h = class_of_share(index // (size_t * places[2]), before[1], groups[1])
-    index -= first_h * (size_t * places[2])
-    kind_w, first_w, size_w = class_of_share(index // (size_t * size_h), before[2], groups[2])
-    index -= first_w * (size_t * size_h)
-    classes_h, classes_w = places[1] - groups[1] + 1, places[2] - groups[2] + 1
-    t, h, w = unravel_along(index, (size_t, size_h, size_w))
-    return (kind_t * classes_h + kind_h) * classes_w + kind_w, (first_t + t, first_h + h, first_w + w)
+def class_of_place(index, before, alike, places):
+    """Class of a place."""
+    kind_h = class_of_column(index // (places[0] * places[2]), before[1], alike[1])
+    first_h, size_h = extent_of_class(kind_h, before[1], alike[1])
+    rest = index - first_h * (places[0] * places[2])
+    kind_w = class_of_column(rest // (places[0] * size_h), before[2], alike[2])
+    return kind_h * (places[2] - alike[2] + 1) + kind_w
+
+
+@triton.jit
+def item_in_turn(turn, program, begin, end):
+    """Which of the items of a class a program has as number `turn` of its share, if its programs take one at a time, in
+    their order. The class reaches from `begin` to before `end`, each a program and a number of its share."""
+    # Before it come the programs' items of earlier turns, and of this one those of the programs before.
+    earlier = (end[0] - begin[0]) * turn + tl.minimum(end[1], turn) - tl.minimum(begin[1], turn)
+    return earlier + program - begin[0] - tl.where(begin[1] > turn, 1, 0)

@@ -26,7 +26,7 @@ from fused_na.triton.neighborhood import (
     inverse_window,
     inverse_windows,
     mask,
-    read_only,
+    read_only_masked,
     unravel,
     window,
     windows,
@@ -43,12 +43,12 @@ COLUMN = gl.constexpr(gl.SliceLayout(0, SCORES.value))
 
 @gluon.jit
 def allocate_barriers():
-    """Those of the stages, and that of the own column."""
+    """Those of the stages, and those of one or two own columns."""
     full = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
-    own_full = gl.allocate_shared_memory(gl.int64, [1, 1], mbarrier.MBarrierLayout())
+    own_full = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
     for stage in gl.static_range(STAGES):
         mbarrier.init(full.index(stage), 1)
-    mbarrier.init(own_full.index(0), 1)
+        mbarrier.init(own_full.index(stage), 1)
     fence_async_shared()
     return full, own_full
 
@@ -122,28 +122,30 @@ def neighbors(
 
 @gluon.jit
 def following(step, counts, SHARERS: gl.constexpr):
-    """The step after `(sharer, h, w)`, where each sharer meets `counts` columns along h and w."""
+    """The step after `(sharer, h, w)`, where each sharer meets `counts` columns along h and w; after the last one, the
+    first."""
     sharer, h, w = step
     w += 1
     carry = w == counts[1]
     w = gl.where(carry, 0, w)
     h = gl.where(carry, h + 1, h)
+    carry = h == counts[0]
+    h = gl.where(carry, 0, h)
     if SHARERS > 1:
-        carry = h == counts[0]
-        h = gl.where(carry, 0, h)
         sharer = gl.where(carry, sharer + 1, sharer)
+        sharer = gl.where(sharer == SHARERS, 0, sharer)
     return sharer, h, w
 
 
 @gluon.jit
-def block_biases(base, ROWS: gl.constexpr, COLUMNS: gl.constexpr, KERNEL: gl.constexpr, SIGN: gl.constexpr):
-    """As `neighborhood.load_biases`, of two blocks."""
+def block_biases(base, masks, ROWS: gl.constexpr, COLUMNS: gl.constexpr, KERNEL: gl.constexpr, SIGN: gl.constexpr):
+    """As `neighborhood.load_biases`, of two blocks, where masks are 0; elsewhere these."""
     row, column = gl.arange(0, 16, ROW), gl.arange(0, 16, COLUMN)
     row_lane, row_rest = unravel(row & 7, ROWS), unravel(row & -8, ROWS)
     column_lane, column_rest = unravel(column & 6, COLUMNS), unravel(column & -7, COLUMNS)
     lane = bias_position(column_lane, KERNEL)[None, :] - bias_position(row_lane, KERNEL)[:, None]
     rest = bias_position(column_rest, KERNEL)[None, :] - bias_position(row_rest, KERNEL)[:, None]
-    return read_only(base + SIGN * lane + SIGN * rest)
+    return read_only_masked(masks, base + SIGN * lane + SIGN * rest)
 
 
 @gluon.jit
@@ -175,7 +177,7 @@ def initial_scores(
             apart = bias_position(other_begin, KERNEL) - bias_position(begin, KERNEL)
             apart += bias_position((4 * (FIRST + i), 0, 0), KERNEL)
             table = rpb + head * ((2 * KERNEL[0] - 1) * (2 * KERNEL[1] - 1) * (2 * KERNEL[2] - 1)) + bias_center(KERNEL)
-            initial = block_biases(table + SIGN * apart, ROWS, COLUMNS, KERNEL, SIGN) + spatial
+            initial = block_biases(table + SIGN * apart, spatial, ROWS, COLUMNS, KERNEL, SIGN)
         initials = initials + (initial,)
     return initials
 

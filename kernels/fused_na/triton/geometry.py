@@ -10,9 +10,9 @@ from triton.experimental.gluon._runtime import GluonJITFunction
 
 from fused_na.triton import bulk_copy, gpu
 from fused_na.triton.column_blocks import BLOCK, blocks_of
+from fused_na.triton.column_classes import Classes, classes_of
 from fused_na.triton.launch import Launch
 from fused_na.triton.problem import Layout, Problem, contiguous
-from fused_na.triton.slots import Slots, column_slots, slots_of
 from fused_na.triton.tiles import (
     Extent,
     Tiles,
@@ -23,12 +23,10 @@ from fused_na.triton.tiles import (
     can_lie_inside,
     choose_tiles,
     fits_columns,
-    regime,
 )
 from fused_na.window import group_members
 
 PARTIAL_BYTES = 64 << 20  # memory that the partial sums of the bias gradient may take
-ACCUMULATOR_BYTES = 40 << 10  # shared memory of the sums of a program of `query_bias_kernel`
 
 
 class Geometry:
@@ -170,39 +168,20 @@ class Geometry:
 
     @property
     def fuses_bias(self) -> bool:
-        """Whether the query's and the bias's gradients come from one kernel, `query_bias_kernel` or of several clips
-        `query_bias_clips_kernel`: for small windows on Hopper, if a program's sums leave shared memory for others.
-        """
-        problem, axes = self.problem, self.problem.axes
-        read = (problem.query, problem.key, problem.value, problem.grad_output, problem.output)
-        if not (
-            problem.grad_rpb is not None
-            and problem.additional_keys is None
-            and gpu.capability(problem.device) == 9
-            and regime(self.workload) in ("small", "small volume")
-            and self.head_dim == self.head_dim_v == 32
-            and len(axes) > 1
-            and not self.arguments["WIDE"]
-            and all(layout is not None and self.can_copy_in_bulk(layout) for layout in read)
-        ):
+        """Whether the query's and the bias's gradients come from one kernel, `query_bias_columns_kernel`, if its sums
+        fit into the memory that they may take."""
+        if self.problem.grad_rpb is None or self.problem.output is None or not self.workload.has_columns:
             return False
-        slots = self.slots
         tiles = choose_tiles("query_bias", self.workload)
-        if tiles.is_columns:
-            blocks = blocks_of(as_three_axes(axes)[0], tiles.query[0] // BLOCK, True)
-            sums = self.heads * slots.classes * prod(slots.counts) * (2 * blocks.span + 1) * 64 * 4
-            return sums <= PARTIAL_BYTES
-        least = self.heads * self.groups * slots.classes * slots.bytes
-        return slots.bytes <= ACCUMULATOR_BYTES and least <= PARTIAL_BYTES
+        classes = self.classes(tiles)
+        blocks = blocks_of(as_three_axes(self.problem.axes)[0], tiles.query[0] // BLOCK, True)
+        sums = self.heads * classes.number * prod(classes.counts) * (2 * blocks.span + 1) * 64 * 4
+        return sums <= PARTIAL_BYTES
 
-    @property
-    def slots(self) -> Slots:
-        """Of the kernels that `fuses_bias` names, for each dilation group, which have one size."""
-        tiles = choose_tiles("query_bias", self.workload)
+    def classes(self, tiles: Tiles) -> Classes:
+        """Of the kernel that `fuses_bias` names, in each dilation group, which have one size."""
         axes = tuple(axis._replace(length=axis.length // axis.dilation, dilation=1) for axis in self.problem.axes)
-        if tiles.is_columns:
-            return column_slots(axes, tiles.query, tiles.key)
-        return slots_of(axes, tiles.query, tiles.key)
+        return classes_of(axes, tiles.query, tiles.key)
 
     def has_interior(self, tiles: Tiles) -> bool:
         """Whether a pair of tiles can lie wholly inside the neighborhood, where nothing is to be masked or added."""

@@ -244,6 +244,26 @@ def read_only(pointers):
 
 
 @triton.jit
+def read_only_masked(masks, pointers):
+    """As `read_only` where masks are 0, and the masks elsewhere. Unlike an addition of them it waits for no load."""
+    if INTERPRETED:
+        return tl.load(pointers, masks == 0, other=float("-inf"))
+    return tl.inline_asm_elementwise(
+        """{
+        .reg .pred inside;
+        setp.eq.f32 inside, $2, 0f00000000;
+        mov.f32 $0, $2;
+        @inside ld.global.nc.f32 $0, [$1];
+        }""",
+        "=f,l,f",
+        [pointers.to(tl.int64), masks],
+        dtype=tl.float32,
+        is_pure=True,
+        pack=1,
+    )
+
+
+@triton.jit
 def load_rows(base, rows, mask, HEAD_DIM: tl.constexpr, BLOCK: tl.constexpr):
     """Loads `[rows, BLOCK]` from row offsets, zero where `mask` is false and beyond `HEAD_DIM`."""
     column = tl.arange(0, BLOCK)

@@ -8,8 +8,9 @@ from typing import Any
 from fused_na.triton import gpu
 from fused_na.triton.backward import additional_kernel, bias_fold_kernel, bias_kernel, key_value_kernel, query_kernel
 from fused_na.triton.column_blocks import BLOCK, Blocks, blocks_of
-from fused_na.triton.fold_columns import fold_columns_kernel
-from fused_na.triton.fold_rows import fold_rows_kernel
+from fused_na.triton.column_classes import odd
+from fused_na.triton.column_programs import samples_of_program
+from fused_na.triton.fold_columns import LANES, fold_columns_kernel, sum_classes_kernel
 from fused_na.triton.forward import forward_kernel
 from fused_na.triton.forward_columns import forward_columns_kernel
 from fused_na.triton.forward_wide import forward_wide_kernel
@@ -18,17 +19,13 @@ from fused_na.triton.key_value_columns import key_value_columns_kernel
 from fused_na.triton.key_value_wide import key_value_wide_kernel
 from fused_na.triton.launch import Launch, Prepared
 from fused_na.triton.problem import Problem
-from fused_na.triton.query_bias import query_bias_kernel
-from fused_na.triton.query_bias_clips import query_bias_clips_kernel
 from fused_na.triton.query_columns import query_bias_columns_kernel, query_columns_kernel
 from fused_na.triton.query_wide import query_wide_kernel
-from fused_na.triton.slots import CLIPS_PROGRAMS, PROGRAMS, SAMPLES, SLOT, Slots, odd, shares
 from fused_na.triton.tiles import Extent, Tiles, as_three_axes, half
 from fused_na.window import Axis
 
 MULTIPROCESSORS = 132  # of an H100
 COLUMNS_AT_ONCE = 8  # programs of `query_bias_columns_kernel` for which one has registers
-LEAST_CLIPS = 3  # for `query_bias_clips_kernel`, which leaves one warp of four idle then
 
 
 def _forward(geometry: Geometry, tiles: Tiles) -> Prepared:
@@ -78,7 +75,15 @@ def _key_value(geometry: Geometry, tiles: Tiles) -> Prepared:
     if tiles.is_wide:
         return _wide(geometry, key_value_wide_kernel, tiles, tiles.key, geometry.heads_kv, moving, own)
     if tiles.is_columns:
-        options = _blocks(geometry, tiles, False).arguments
+        blocks, samples = _blocks(geometry, tiles, False), 1
+        columns = geometry.groups * prod(geometry.tiles_per_axis(tiles.key)) * geometry.heads_kv
+        if len(geometry.problem.axes) == 2:
+            extents = tiles.key, tiles.query
+            samples = samples_of_program(
+                blocks, *extents, tiles.max_registers, columns, geometry.batch, MULTIPROCESSORS
+            )
+        apart = ceil(geometry.batch / samples)
+        options = blocks.arguments | {"AHEAD": samples > 1, "apart": apart, "programs": columns * apart}
         launch = geometry.launch(key_value_columns_kernel, tiles, tiles.key, geometry.heads_kv, moving, own, **options)
         return Prepared([launch])
     return Prepared([geometry.launch(key_value_kernel, tiles, tiles.key, geometry.heads_kv, moving, own)])
@@ -123,90 +128,42 @@ def _blocks(geometry: Geometry, tiles: Tiles, over_keys: bool) -> Blocks:
     return blocks_of(as_three_axes(geometry.problem.axes)[0], own[0] // BLOCK, over_keys)
 
 
-def _query_bias_columns(geometry: Geometry, tiles: Tiles) -> Prepared:
-    slots, heads, blocks = geometry.slots, geometry.heads, _blocks(geometry, tiles, True)
-    places, chunks = slots.shares((1, 1, 1)), geometry.batch * geometry.groups
-    items = prod(places) * chunks
+def _query_bias(geometry: Geometry, tiles: Tiles) -> Prepared:
+    classes, heads, blocks = geometry.classes(tiles), geometry.heads, _blocks(geometry, tiles, True)
+    chunks = geometry.batch * geometry.groups
+    items = prod(classes.places) * chunks
     copied = 3 * prod(tiles.query) + 4 * BLOCK * blocks.moving * prod(tiles.key[1:])  # tokens in shared memory
+    row = prod(classes.counts) * (2 * blocks.span + 1) * LANES.value
     at_once = min(COLUMNS_AT_ONCE, (228 << 10) // (64 * copied + 1088))
+    in_shared = at_once * (64 * copied + 1088 + 4 * row) <= 228 << 10  # if no fewer programs run at once
     share = ceil(items / max(1, MULTIPROCESSORS * at_once // heads))
     programs = ceil(items / share)
-    rows = programs + slots.classes - 1
+    rows = programs + classes.number - 1
     overlap = gpu.overlaps(geometry.problem.device)
-    own: dict[str, Any] = {"before": odd(slots.before), "alike": odd(slots.alike), "all_places": odd(places)}
-    own |= {"chunks": chunks, "items": items, "share": share, "rows": rows, "COUNTS": slots.counts}
-    own |= blocks.arguments | {"OVERLAP": overlap, "launch_pdl": overlap, "programs": programs * heads}
+    own: dict[str, Any] = {"before": odd(classes.before), "alike": odd(classes.alike)}
+    own |= {"all_places": odd(classes.places), "COUNTS": classes.counts}
+    own |= {"chunks": chunks, "items": items, "share": share, "rows": rows}
+    own |= blocks.arguments | {"IN_SHARED": in_shared, "programs": programs * heads}
+    own |= {"OVERLAP": overlap, "launch_pdl": overlap}
     moving = {"key": tiles.key, "value": tiles.key}
     read = "query", "grad_output", "output", "grad_query"
     launch = geometry.launch(query_bias_columns_kernel, tiles, tiles.query, heads, moving, read, **own)
-    arguments = geometry.arguments | own | {"QUERY_TILE": tiles.query, "KEY_TILE": tiles.key}
-    arguments |= {"CLASSES": 4, "ROWS": 2, "WIDTH": 16, "num_warps": 2}
+    # For each class two programs on a multiprocessor or a few more, unless rows are short or heads many.
+    numbers = min(256, max(32, 1 << (heads * row // (2 * MULTIPROCESSORS)).bit_length()))
+    warps = 2 if numbers == 256 else 4  # without sums over threads where rows are few
+    sums = own | {"NUMBERS": numbers, "ROWS": 128 * warps // numbers, "STEPS": 8, "num_warps": warps, "maxnreg": 64}
+    fold = geometry.arguments | own | {"QUERY_TILE": tiles.query, "KEY_TILE": tiles.key}
+    fold |= {"CLASSES": 16 if len(geometry.problem.axes) == 3 else 4, "WIDTH": 16, "num_warps": 1}
     for name, axis in zip("thw", as_three_axes(geometry.problem.axes), strict=True):
-        arguments[f"length_{name}"] = axis.length // axis.dilation
+        fold[f"length_{name}"] = axis.length // axis.dilation
     rpb = geometry.problem.grad_rpb
     assert rpb is not None
-    fold = Launch(fold_columns_kernel, prod(rpb.shape[:-1]) * ceil(rpb.shape[-1] / arguments["WIDTH"]), arguments)
-    return Prepared([launch, fold], {"partial": (heads, rows, prod(slots.counts) * (2 * blocks.span + 1), 64)})
-
-
-def _query_bias(geometry: Geometry, tiles: Tiles) -> Prepared:
-    if tiles.is_columns:
-        return _query_bias_columns(geometry, tiles)
-    if len(geometry.problem.axes) == 3 and geometry.groups == 1 and geometry.batch >= LEAST_CLIPS:
-        clips = _query_bias_clips(geometry, tiles)
-        if 4 * prod(clips.workspaces["partial"]) <= PARTIAL_BYTES:
-            return clips
-    slots, heads = geometry.slots, geometry.heads
-    wanted = PROGRAMS[len(geometry.problem.axes)]
-    box, samples = shares(slots, heads * geometry.groups, geometry.batch, wanted, PARTIAL_BYTES)
-    places, chunks = slots.shares(box), ceil(geometry.batch / samples) * geometry.groups
-    rows = prod(places) * chunks
-    own = _sums(slots, box, places, groups=slots.counts[0] * 2 + 3)
-    own |= {"chunks": chunks, "share": 1, "rows": rows, "MIXED": False}
-    own |= {"samples_per_program": samples, "programs": rows * heads}
-    moving = {"key": tiles.key, "value": tiles.key}
-    read = "query", "grad_output", "output"
-    launch = geometry.launch(query_bias_kernel, tiles, tiles.query, heads, moving, read, launch_pdl=True, **own)
-    at_once = {"CLASSES": 2, "ROWS": 32, "WIDTH": 4, "num_warps": 4}
-    return _with_fold(geometry, tiles, launch, own, at_once)
-
-
-def _query_bias_clips(geometry: Geometry, tiles: Tiles) -> Prepared:
-    slots, heads = geometry.slots, geometry.heads
-    box = 1, 1, 1
-    places, chunks = slots.shares(box), ceil(geometry.batch / SAMPLES)
-    items = prod(places) * chunks
-    share = ceil(items / max(1, CLIPS_PROGRAMS // heads))
-    programs = ceil(items / share)
-    own = _sums(slots, box, places, groups=(slots.counts[0] + 2) * 2)
-    own |= {"chunks": chunks, "share": share, "rows": programs + slots.classes - 1, "MIXED": True}
-    own |= {"items": items, "programs": programs * heads, "num_warps": SAMPLES}
-    read = {"query": tiles.query, "key": tiles.key, "value": tiles.key}
-    read |= {"grad_output": tiles.query, "output": tiles.query}
-    launch = geometry.launch(
-        query_bias_clips_kernel, tiles, tiles.query, heads, read, samples=SAMPLES, launch_pdl=True, **own
-    )
-    return _with_fold(geometry, tiles, launch, own, {"CLASSES": 4, "ROWS": 2, "WIDTH": 16, "num_warps": 2})
-
-
-def _sums(slots: Slots, box: Extent, places: Extent, groups: int) -> dict[str, Any]:
-    """Where programs have their tiles of queries, and sums of how many groups of planes."""
-    extents = {"before": slots.before, "alike": slots.alike, "box": box, "places": places}
-    return {name: odd(extent) for name, extent in extents.items()} | {"COUNTS": slots.counts, "GROUPS": groups}
-
-
-def _with_fold(
-    geometry: Geometry, tiles: Tiles, launch: Launch, own: dict[str, Any], at_once: dict[str, int]
-) -> Prepared:
-    """A launch that leaves rows of sums, and what adds them up."""
-    rpb = geometry.problem.grad_rpb
-    assert rpb is not None
-    arguments = geometry.arguments | own | {"QUERY_TILE": tiles.query, "KEY_TILE": tiles.key} | at_once
-    for name, axis in zip("thw", as_three_axes(geometry.problem.axes), strict=True):
-        arguments[f"length_{name}"] = axis.length // axis.dilation
-    fold = Launch(fold_rows_kernel, prod(rpb.shape[:-1]) * ceil(rpb.shape[-1] / at_once["WIDTH"]), arguments)
-    partial = geometry.heads, own["rows"], *own["COUNTS"][1:], own["GROUPS"], SLOT
-    return Prepared([launch, fold], {"partial": partial})
+    launches = [
+        launch,
+        Launch(sum_classes_kernel, heads * classes.number * ceil(row / numbers), sums),
+        Launch(fold_columns_kernel, prod(rpb.shape[:-1]) * ceil(rpb.shape[-1] / fold["WIDTH"]), fold),
+    ]
+    return Prepared(launches, {"partial": (heads, rows, row)})
 
 
 def _lead(axis: Axis, key_tile: int) -> int:

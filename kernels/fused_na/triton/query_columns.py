@@ -6,8 +6,12 @@ a relative position, and then over the samples and columns of a program, in memo
 own. There are no atomics and no exchange between threads, and the order of additions is fixed.
 
 Sums mean the same relative positions wherever the first column of keys lies as far from that of the queries. Such
-columns make a class (`slots.py`). Programs go through the columns of a head, with a sample each, in the order of their
-classes, and leave a row of sums for each class that they meet (`bias_places.py`). `fold_columns.py` adds them up.
+columns make a class (`column_classes.py`). The columns of a head, with a sample each, are shared out in the order of
+their classes, and programs leave a row of sums for each class that they meet (`bias_places.py`). `fold_columns.py` adds
+them up. Within a class, its programs take the columns of a sample in turn, then those of the next one: what they read
+at a time lies side by side, and comes from memory once.
+
+Few sums, as those of maps, stay in shared memory until a class ends.
 """
 
 from triton.experimental import gluon
@@ -16,8 +20,16 @@ from triton.experimental.gluon.language.nvidia.ampere import mma_v2
 from triton.experimental.gluon.language.nvidia.hopper import fence_async_shared, mbarrier, tma
 from triton.language.extra.cuda import gdc_wait
 
-from fused_na.triton.bias_places import plain, share_of_place, unravel_along
+from fused_na.triton.bias_places import (
+    class_of_place,
+    columns_of_class,
+    first_place,
+    item_in_turn,
+    plain,
+    unravel_along,
+)
 from fused_na.triton.columns import (
+    COLUMN,
     LEFT,
     LOG2_E,
     RIGHT,
@@ -40,6 +52,7 @@ from fused_na.triton.neighborhood import copy_origin, divided, locate
 
 PAIRS = gl.constexpr(gl.BlockedLayout([1, 2], [32, 1], [1, 1], [1, 0]))  # numbers of a warp, two for each lane
 LANES = gl.constexpr(64)
+UNSWIZZLED = gl.constexpr(gl.SwizzledSharedLayout(1, 1, 1, [1, 0]))
 
 
 @gluon.jit
@@ -67,15 +80,55 @@ def lane_numbers():
 
 
 @gluon.jit
-def add_to(sums, old, pairs, SPAN: gl.constexpr):
-    """Adds a step's pairs, by the distance of their blocks, to what its sums were."""
-    carried = gl.zeros([32, 2], gl.float32, PAIRS)
+def load_sums(pointers, mask):
+    """Loads numbers, 0 where `mask` is false. They are to stay in the second level cache until the next column, and to
+    leave the first level one to the biases."""
+    return gl.inline_asm_elementwise(
+        """{
+        .reg .pred there;
+        .reg .b64 keep;
+        createpolicy.fractional.L2::evict_last.b64 keep, 1.0;
+        setp.ne.b32 there, $4, 0;
+        mov.b32 $0, 0;
+        mov.b32 $1, 0;
+        @there ld.global.L1::no_allocate.L2::cache_hint.v2.b32 {$0, $1}, [$2], keep;
+        }""",
+        "=f,=f,l,l,r,r",
+        [pointers.to(gl.int64), mask.to(gl.int32)],
+        dtype=gl.float32,
+        is_pure=False,
+        pack=2,
+    )
+
+
+@gluon.jit
+def store_sums(pointers, numbers):
+    """Stores numbers, as `load_sums` loads them."""
+    gl.inline_asm_elementwise(
+        """{
+        .reg .b64 keep;
+        createpolicy.fractional.L2::evict_last.b64 keep, 1.0;
+        st.global.L1::no_allocate.L2::cache_hint.v2.b32 [$2], {$4, $5}, keep;
+        mov.b32 $0, 0;  // which nobody reads
+        mov.b32 $1, 0;
+        }""",
+        "=r,=r,l,l,f,f",
+        [pointers.to(gl.int64), numbers],
+        dtype=gl.int32,
+        is_pure=False,
+        pack=2,
+    )
+
+
+@gluon.jit
+def step_sums(pairs, SPAN: gl.constexpr):
+    """A step's numbers, from its pairs by the distance of their blocks."""
+    numbers, carried = gl.tuple(()), gl.zeros([32, 2], gl.float32, PAIRS)
     for i in gl.static_range(SPAN):
         less, equal, more = by_distance(pairs[i])
-        gl.store(sums + 2 * i * LANES, old[2 * i] + (carried + less))
-        gl.store(sums + (2 * i + 1) * LANES, old[2 * i + 1] + equal)
+        numbers = numbers + (carried + less, equal)
         carried = more
-    gl.store(sums + 2 * SPAN * LANES, old[2 * SPAN] + carried)
+    return numbers + (carried,)
 
 
 @gluon.jit
@@ -87,8 +140,8 @@ def grad_column(
     grad_lse,
     grad_query,
     delta,
-    sums,  # of a row, or None
-    adds,  # whether they are there already
+    sums,  # of a row, in memory or `IN_SHARED`, or None
+    adds,  # whether those in memory are there already
     own,
     buffers,
     barriers,
@@ -120,6 +173,7 @@ def grad_column(
     WHOLE: gl.constexpr,
     FIRST: gl.constexpr,
     SPAN: gl.constexpr,
+    IN_SHARED: gl.constexpr,
 ):
     """The gradient of a column of queries of one sample, and `delta` of its rows. Returns the next turn, which is stage
     and phase of the ring and phase of the own column."""
@@ -130,24 +184,34 @@ def grad_column(
     SUMS: gl.constexpr = 0 if sums is None else 2 * SPAN + 1
     KINDS: gl.constexpr = 0 if sums is None else SPAN
     origin = copy_origin(batch, group, lengths, DILATED)
-    tma.store_wait(0)  # of the column before, from where this one comes
-    fill(own_tensors, own, own_full, 0, origin, begin, head, True, 1)
     key_begin = (begin[0] - 4 * LEAD, first[1], first[2])
     fill(moving, buffers, full, stage, origin, key_begin, head_kv, True, BOXES)
-
-    mbarrier.wait(own_full.index(0), own_phase)
-    row_lse, minus_delta, grad_q = gl.tuple(()), gl.tuple(()), gl.tuple(())
+    tma.store_wait(0)  # of the column before, from where this one comes
+    fill(own_tensors, own, own_full, 0, origin, begin, head, True, 1)
+    row_lse = gl.tuple(())
     for a in gl.static_range(OWN):
         block_begin = (begin[0] + 4 * a, begin[1], begin[2])
-        series = batch * heads + head
-        numbers, is_query = rows_of(series, block_begin, places(QUERY_TILE, ROW), group, dilations, lengths, members)
-        grad_o, o = block(own[1], 0, a, 1).load(LEFT), block(own[2], 0, a, 1).load(LEFT)
-        row_delta = gl.convert_layout(gl.sum(o.to(gl.float32) * grad_o.to(gl.float32), 1), ROW)
+        numbers, is_query = rows_of(
+            batch * heads + head, block_begin, places(QUERY_TILE, ROW), group, dilations, lengths, members
+        )
+        # Rows outside the map get probability 0 from an infinite log-sum-exp, whatever their scores.
+        row_lse = row_lse + (gl.load(lse + numbers, mask=is_query, other=float("inf")) * LOG2_E,)
+
+    mbarrier.wait(own_full.index(0), own_phase)
+    minus_delta, grad_q = gl.tuple(()), gl.tuple(())
+    for a in gl.static_range(OWN):
+        block_begin = (begin[0] + 4 * a, begin[1], begin[2])
+        numbers, is_query = rows_of(
+            batch * heads + head, block_begin, places(QUERY_TILE, ROW), group, dilations, lengths, members
+        )
+        # The sums of products of rows are the diagonal of a product of matrices.
+        output_rows, grad_columns = block(own[2], 0, a, 1).load(LEFT), block(own[1], 0, a, 1).permute((1, 0))
+        products = mma_v2(output_rows, grad_columns.load(RIGHT), gl.zeros([16, 16], gl.float32, SCORES))
+        is_same = gl.arange(0, 16, ROW)[:, None] == gl.arange(0, 16, COLUMN)[None, :]
+        row_delta = gl.sum(gl.where(is_same, products, 0.0), 1)
         if grad_lse is not None:
             row_delta -= gl.load(grad_lse + numbers, mask=is_query, other=0.0)
         gl.store(delta + numbers, row_delta, mask=is_query)
-        # Rows outside the map get probability 0 from an infinite log-sum-exp, whatever their scores.
-        row_lse = row_lse + (gl.load(lse + numbers, mask=is_query, other=float("inf")) * LOG2_E,)
         minus_delta = minus_delta + (-row_delta,)
         grad_q = grad_q + (gl.zeros([16, HEAD_DIM], gl.float32, SCORES),)
 
@@ -155,15 +219,16 @@ def grad_column(
     step = (head * 0, head * 0, head * 0)
     steps = counts[0] * counts[1]
     for index in range(steps):
-        if sums is not None:
-            step_sums = sums + (step[1] * COUNT_W + step[2]) * (SUMS * LANES) + lane_numbers()
-            is_there = (lane_numbers() >= 0) & adds
+        place = step[1] * COUNT_W + step[2]
         step = following(step, counts, 1)
         next_begin = (key_begin[0], first[1] + step[1] * KEY_TILE[1], first[2] + step[2] * KEY_TILE[2])
         fill(moving, buffers, full, stage ^ 1, origin, next_begin, head_kv, index + 1 < steps, BOXES)
         old, pairs = gl.tuple(()), gl.tuple(())
-        for n in gl.static_range(SUMS):  # asked for before they are needed
-            old = old + (gl.load(step_sums + n * LANES, mask=is_there, other=0.0),)
+        if sums is not None and not IN_SHARED:
+            of_step = sums + place * (SUMS * LANES)
+            is_there = (lane_numbers() >= 0) & adds
+            for n in gl.static_range(SUMS):  # asked for before they are needed
+                old = old + (load_sums(of_step + n * LANES, is_there),)
         for _ in gl.static_range(KINDS):
             pairs = pairs + (gl.zeros([16, 16], gl.float32, SCORES),)
         initials = initial_scores(rows, rpb, head, begin, key_begin, FIRST, SPAN, QUERY_TILE, KEY_TILE, KERNEL, True)
@@ -208,7 +273,15 @@ def grad_column(
                 new_q = new_q + (gq,)
             grad_q = new_q
         if sums is not None:
-            add_to(step_sums, old, pairs, SPAN)
+            new = step_sums(pairs, SPAN)
+            if IN_SHARED:
+                for n in gl.static_range(SUMS):
+                    old = old + (sums[n].index(place).load(PAIRS),)
+            for n in gl.static_range(SUMS):
+                if IN_SHARED:
+                    sums[n].index(place).store(old[n] + new[n])
+                else:
+                    store_sums(of_step + n * LANES, old[n] + new[n])
         key_begin = next_begin
         stage, phase = turned(stage, phase)
 
@@ -306,6 +379,7 @@ def query_columns_kernel(
         WHOLE,
         FIRST,
         SPAN,
+        False,
     )
     tma.store_wait(0)
 
@@ -328,7 +402,7 @@ def query_bias_columns_kernel(
     length_h,
     length_w,
     dilations,
-    before,  # columns before those that are alike, along each axis: `slots.Slots`; odd, as the next two
+    before,  # columns before those that are alike, along each axis: `column_classes.Classes`; odd, as the next two
     alike,
     all_places,  # columns, along each axis
     heads,
@@ -352,14 +426,20 @@ def query_bias_columns_kernel(
     WHOLE: gl.constexpr,
     FIRST: gl.constexpr,
     SPAN: gl.constexpr,
+    IN_SHARED: gl.constexpr,  # whether sums are kept in shared memory
 ):
     """The same for a share of the columns of one head, and its sums of `ds`: `partial` is
     `[heads, rows, h, w, distance, lane, 2]`."""
-    SUMS: gl.constexpr = (2 * SPAN + 1) * LANES  # of a step
+    SUMS: gl.constexpr = 2 * SPAN + 1  # of a step, numbers of a warp
+    STEPS: gl.constexpr = COUNTS[1] * COUNTS[2]
     BOXES: gl.constexpr = (4 * MOVING + KEY_TILE[0] - 1) // KEY_TILE[0]
     own = (allocate(query, 1), allocate(grad_output, 1), allocate(output, 1))
     buffers = (allocate(key, STAGES * BOXES), allocate(value, STAGES * BOXES))
     barriers = allocate_barriers()
+    shared_sums = gl.tuple(())
+    if IN_SHARED:
+        for _ in gl.static_range(SUMS):  # each its own memory, lest accesses wait for each other
+            shared_sums = shared_sums + (gl.allocate_shared_memory(gl.float32, [STEPS, 32, 2], UNSWIZZLED),)
     before, alike, all_places = plain(before), plain(alike), plain(all_places)
     lengths = (length_t, length_h, length_w)
     members = lengths
@@ -367,29 +447,40 @@ def query_bias_columns_kernel(
         members = (length_t // dilations[0], length_h // dilations[1], length_w // dilations[2])
     pid = gl.program_id(0)
     head, program = pid % heads, pid // heads  # programs of all heads read the same part of memory at a time
-    begin_item = program * share
-    end_item = gl.minimum(begin_item + share, items)
     if OVERLAP:
         gdc_wait()
 
     turn = (0, 0, 0)
-    last_kind = pid * 0 - 1
-    for place in range(begin_item // chunks, gl.cdiv(end_item, chunks)):
-        kind, tile = share_of_place(place, before, alike, all_places)
-        begin = (tile[0] * QUERY_TILE[0], tile[1] * QUERY_TILE[1], tile[2] * QUERY_TILE[2])
-        column_rows, first, counts = neighbors(begin, members, KERNEL, STRIDE, CAUSAL, QUERY_TILE, KEY_TILE, True)
-        sums = partial + (head * rows + program + kind) * (COUNTS[1] * COUNTS[2] * SUMS)
-        adds = kind == last_kind
-        last_kind = kind
-        if not adds:  # nothing will come to what this column does not meet
-            for step in range(COUNTS[1] * COUNTS[2]):
-                if (step // COUNTS[2] >= counts[0]) | (step % COUNTS[2] >= counts[1]):
-                    for n in gl.static_range(2 * SPAN + 1):
-                        unmet = sums + step * SUMS + n * LANES + lane_numbers()
-                        gl.store(unmet, gl.zeros([32, 2], gl.float32, PAIRS))
-        first_chunk = gl.maximum(begin_item - place * chunks, 0)
-        for chunk in range(gl.minimum(end_item - place * chunks, chunks) - first_chunk):
-            sample, group = first_chunk + chunk, (0, 0, 0)
+    classes_w = all_places[2] - alike[2] + 1
+    last_item = gl.minimum(program * share + share, items) - 1
+    first_kind = class_of_place(program * share // chunks, before, alike, all_places)
+    last_kind = class_of_place(last_item // chunks, before, alike, all_places)
+    for kind in range(first_kind, last_kind + 1):
+        first_column, size = columns_of_class(kind // classes_w, kind % classes_w, before, alike, all_places)
+        places_of_class = size[0] * size[1] * size[2]
+        first_item = first_place(first_column, size, all_places) * chunks
+        next_item = first_item + places_of_class * chunks
+        begin_of_class = first_item // share, first_item % share
+        end_of_class = next_item // share, next_item % share
+        row = partial + (head * rows + program + kind) * (STEPS * SUMS * LANES) + lane_numbers()
+        if IN_SHARED:
+            for step in range(STEPS):
+                for n in gl.static_range(SUMS):
+                    shared_sums[n].index(step).store(gl.zeros([32, 2], gl.float32, PAIRS))
+        first_turn = gl.where(program > begin_of_class[0], 0, begin_of_class[1])
+        for number in range(first_turn, gl.where(program < end_of_class[0], share, end_of_class[1])):
+            item = item_in_turn(number, program, begin_of_class, end_of_class)
+            sample, group = item // places_of_class, (0, 0, 0)
+            t, h, w = unravel_along(item % places_of_class, size)
+            h, w = first_column[1] + h, first_column[2] + w
+            begin = (t * QUERY_TILE[0], h * QUERY_TILE[1], w * QUERY_TILE[2])
+            column_rows, first, counts = neighbors(begin, members, KERNEL, STRIDE, CAUSAL, QUERY_TILE, KEY_TILE, True)
+            if not IN_SHARED:
+                if number == first_turn:  # nothing will come to what this column does not meet
+                    for step in range(STEPS):
+                        if (step // COUNTS[2] >= counts[0]) | (step % COUNTS[2] >= counts[1]):
+                            for n in gl.static_range(SUMS):
+                                gl.store(row + (step * SUMS + n) * LANES, gl.zeros([32, 2], gl.float32, PAIRS))
             if DILATED:
                 groups = dilations[0] * dilations[1] * dilations[2]
                 group, sample = unravel_along(sample % groups, dilations), sample // groups
@@ -401,8 +492,8 @@ def query_bias_columns_kernel(
                 grad_lse,
                 grad_query,
                 delta,
-                sums,
-                adds | (chunk > 0),
+                shared_sums if IN_SHARED else row,
+                number > first_turn,
                 own,
                 buffers,
                 barriers,
@@ -434,5 +525,10 @@ def query_bias_columns_kernel(
                 WHOLE,
                 FIRST,
                 SPAN,
+                IN_SHARED,
             )
+        if IN_SHARED:
+            for step in range(STEPS):
+                for n in gl.static_range(SUMS):
+                    gl.store(row + (step * SUMS + n) * LANES, shared_sums[n].index(step).load(PAIRS))
     tma.store_wait(0)

@@ -148,16 +148,16 @@ CANDIDATES = {
 
 
 # Of the kernels of `columns.py`, by the number of axes, besides those above: of own columns of 64 and of 32 tokens.
-# Measured on an H200 against those that are above, of which the rates were kept.
+# Measured on an H200 against those that are above, of which the rates were kept. "query_bias" has no others.
 COLUMN_RATES = {
-    ("forward", 2): (135, 135),
+    ("forward", 2): (124, 126),
     ("forward", 3): (105, 112),
-    ("query", 2): (110, 110),
+    ("query", 2): (108, 140),
     ("query", 3): (100, 112),
-    ("key_value", 2): (90, 90),
+    ("key_value", 2): (82, 84),
     ("key_value", 3): (84, 80),
-    ("query_bias", 2): (60, 60),
-    ("query_bias", 3): (85, 62),
+    ("query_bias", 2): (72, 90),
+    ("query_bias", 3): (103, 102),
 }
 COLUMNS = {
     which: [
@@ -188,10 +188,6 @@ def regime(workload: Workload) -> str:
     return "sequence" if len(axes) == 1 else "wide"
 
 
-def _plain(lengths: tuple[int, ...], kernel_size: tuple[int, ...]) -> tuple[Axis, ...]:
-    return tuple(map(Axis, lengths, kernel_size))
-
-
 def fits_columns(workload: Workload) -> bool:
     """Whether the kernels of columns can take a workload, on Hopper and if tensors can be copied in bulk."""
     first = as_three_axes(workload.axes)[0]
@@ -202,18 +198,6 @@ def fits_columns(workload: Workload) -> bool:
         and first.kernel_size <= BLOCK * MOST_MOVING
         and all(blocks_of(first, FEWEST_BLOCKS, over_keys).is_small for over_keys in (True, False))
     )
-
-
-# Where a search on an H100 found a choice more than 5 % better than the candidates give: 16-bit problems at head_dim
-# 32 without a bias.
-TUNED = {
-    ("forward", _plain((7, 7), (7, 7))): Tiles((8, 1, 8), (8, 1, 8), 4, 1, True),
-}
-
-# Of the kernel in `query_bias.py`, by the number of axes: it is written for 4 planes of 8 queries and 2 planes of 16
-# keys, and these were the fastest of those measured on an H100.
-QUERY_BIAS = {2: Tiles((4, 1, 8), (2, 1, 16), 1, 2, True), 3: Tiles((4, 4, 2), (2, 2, 8), 1, 2, True)}
-QUERY_BIAS_RATES = {2: 85, 3: 100}
 
 
 def as_three_axes(axes: tuple[Axis, ...]) -> tuple[Axis, Axis, Axis]:
@@ -329,8 +313,8 @@ def _pairs(candidate: Candidate, axes: tuple[Axis, Axis, Axis], over_keys: bool)
 
 
 def ranked_tiles(kernel: str, workload: Workload) -> list[tuple[float, Tiles]]:
-    """All choices for one kernel ("forward", "query", "key_value" or "bias") of a workload with their estimated times,
-    best first.
+    """All choices for one kernel of a workload with their estimated times, best first: "forward", "query", "key_value",
+    "bias" or, where columns fit, "query_bias".
     """
     three = as_three_axes(workload.axes)
     which = regime(workload)
@@ -364,15 +348,5 @@ def ranked_tiles(kernel: str, workload: Workload) -> list[tuple[float, Tiles]]:
 
 @lru_cache(maxsize=1024)
 def choose_tiles(kernel: str, workload: Workload) -> Tiles:
-    """The tuned choice where there is one, else the first of `ranked_tiles`, with its arguments. "query_bias", on maps
-    and clips alone, has one choice besides columns."""
-    if kernel == "query_bias":
-        rank, three = len(workload.axes), as_three_axes(workload.axes)
-        tiles = QUERY_BIAS[rank]
-        if not workload.has_columns:
-            return tiles
-        cost, columns = ranked_tiles(kernel, workload)[0]
-        return columns if cost < executed_scores(three, *tiles[:2], True) / QUERY_BIAS_RATES[rank] else tiles
-    if workload[1:5] == (32, 32, 2, False) and (kernel, workload.axes) in TUNED:
-        return TUNED[kernel, workload.axes]
+    """The first of `ranked_tiles`, with its arguments."""
     return ranked_tiles(kernel, workload)[0][1]
