@@ -8,7 +8,7 @@ import os
 import random
 from dataclasses import replace
 from itertools import product
-from math import ceil
+from math import ceil, prod
 from pathlib import Path
 
 import pytest
@@ -26,12 +26,15 @@ from fused_na import merge_attentions, na2d, neighborhood_attention, ops, packed
 from fused_na.triton import (
     attention,
     bulk_copy,
+    column_classes,
     gpu,
     neighborhood,
     plan,
+    prepare,
     walk,
 )
-from fused_na.triton.geometry import divisor
+from fused_na.triton.geometry import PARTIAL_BYTES, Geometry, divisor
+from fused_na.triton.problem import Tensors, problem_of
 from fused_na.triton.tiles import Extent, Tiles, Workload, as_three_axes
 from fused_na.window import Axis, inverse_window, window
 
@@ -499,6 +502,86 @@ def test_copy_of_the_bias(dtype: torch.dtype) -> None:
     margin = copy.storage_offset()
     assert len(room) == 2 * margin + rpb.numel() and margin >= 13 + 2 * attention.LARGEST_TILE
     assert not room[:margin].any() and not room[-margin:].any()
+
+
+def relative_positions(axes: tuple[Axis, ...], tiles: Tiles, arguments: dict, kind: int) -> Tensor:
+    """Place in the flattened bias of all numbers of a class's row, -1 of those that belong to none."""
+    classes, three = column_classes.classes_of(axes, tiles.query, tiles.key), as_three_axes(axes)
+    classes_w = classes.before[2] + 1 + classes.after[2]
+    bases = []
+    for x, index in ((1, kind // classes_w), (2, kind % classes_w)):
+        column = index if index <= classes.before[x] else index + classes.alike[x] - 1
+        begin = column * tiles.query[x]
+        bases.append(window(three[x], begin, three[x].length)[0] - begin)
+    _, rows_h, rows_w = tiles.query
+    _, columns_h, columns_w = tiles.key
+    found = []
+    for step_h, step_w in product(*map(range, classes.counts[1:])):
+        for distance in range(2 * arguments["SPAN"] + 1):
+            for lane, pair in product(range(32), range(2)):
+                q, k = lane // 4, 2 * (lane % 4) + pair
+                t = 2 * distance + k // (columns_h * columns_w) - q // (rows_h * rows_w)
+                t += 4 * (arguments["FIRST"] - arguments["LEAD"]) - 2
+                h = bases[0] + step_h * columns_h + k // columns_w % columns_h - q // rows_w % rows_h
+                w = bases[1] + step_w * columns_w + k % columns_w - q % rows_w
+                place = 0
+                for apart, axis in zip((t, h, w), three, strict=True):
+                    outside = place < 0 or abs(apart) >= axis.kernel_size
+                    place = -1 if outside else place * (2 * axis.kernel_size - 1) + apart + axis.kernel_size - 1
+                found.append(place)
+    return torch.tensor(found)
+
+
+@pytest.mark.parametrize(
+    ("axes", "batch", "heads", "multiprocessors"),
+    [
+        ((Axis(7, 7), Axis(7, 7)), 3, 2, 1),
+        ((Axis(14, 5), Axis(20, 7)), 5, 1, 2),  # programs may end between the items of a class
+        ((Axis(13, 3, 2), Axis(19, 5, 3)), 3, 1, 1),
+        ((Axis(13, 3, 1, 1, True), Axis(30, 2)), 2, 2, 1000),  # an item for each
+        ((Axis(8, 7), Axis(9, 3), Axis(11, 5)), 4, 2, 1),
+        ((Axis(9, 5, 1, 1, True), Axis(10, 7), Axis(11, 3)), 5, 2, 2),
+        ((Axis(6, 3, 2), Axis(7, 4, 3), Axis(12, 5)), 3, 1, 1),
+    ],
+)
+def test_sums_of_the_bias_gradient(
+    axes: tuple[Axis, ...], batch: int, heads: int, multiprocessors: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What adds up the rows that programs leave, on random ones, and nothing in rows that are left out."""
+    monkeypatch.setattr(gpu, "capability", lambda device: 9)
+    monkeypatch.setattr(prepare, "MULTIPROCESSORS", multiprocessors)
+    query = torch.empty(batch, *(axis.length for axis in axes), heads, 32, dtype=torch.bfloat16)
+    rpb = torch.empty(heads, *(2 * axis.kernel_size - 1 for axis in axes))
+    tensors: Tensors = dict.fromkeys(["query", "key", "value", "grad_output", "output"], query)
+    tensors |= dict(rpb=rpb, grad_rpb=rpb, additional_keys=None, additional_values=None)
+    geometry = Geometry(problem_of(axes, 1.0, tensors))
+    assert geometry.fuses_bias
+    tiles = plan.choose_tiles("query_bias", geometry.workload)
+    prepared = prepare.PREPARE["query_bias"](geometry, tiles)
+    main, *sums = prepared.launches
+    shape, arguments = prepared.workspaces["partial"], main.arguments
+    assert 4 * prod(shape) <= PARTIAL_BYTES
+
+    classes = column_classes.classes_of(axes, tiles.query, tiles.key)
+    kinds = []
+    for h, w in product(range(classes.places[1]), range(classes.places[2])):
+        along = zip((h, w), classes.before[1:], classes.alike[1:], strict=True)
+        kind_h, kind_w = (min(x, before) + max(0, x - before - alike + 1) for x, before, alike in along)
+        kinds += [kind_h * (classes.before[2] + 1 + classes.after[2]) + kind_w] * classes.places[0]
+    items = [kind for kind in sorted(kinds) for _ in range(batch)]
+    assert len(items) == arguments["items"]
+    kind_of_row = {item // arguments["share"] + kind: kind for item, kind in enumerate(items)}
+    assert max(kind_of_row) == shape[1] - 1
+
+    partial = torch.full(shape, torch.nan)
+    partial[:, list(kind_of_row)] = torch.randn(heads, len(kind_of_row), shape[2])
+    expected = torch.zeros(heads, rpb[0].numel(), dtype=torch.float64)
+    for row, kind in kind_of_row.items():
+        places = relative_positions(axes, tiles, arguments, kind)
+        expected.index_add_(1, places[places >= 0], partial[:, row, places >= 0].double())
+    for launch in sums:
+        launch({"grad_rpb": rpb.fill_(torch.nan), "partial": partial})
+    torch.testing.assert_close(rpb.flatten(1).double(), expected, rtol=1e-5, atol=1e-4)
 
 
 @pytest.mark.parametrize("has_rpb", [True, False], ids=["rpb", "additional"])

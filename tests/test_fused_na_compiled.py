@@ -67,18 +67,6 @@ def spilled_bytes(kernel: CompiledKernel) -> int:
     return int(found[1])
 
 
-def steps_loop(kernel: CompiledKernel) -> list[str]:
-    """The instructions of a kernel's innermost loop with products."""
-    found = re.findall(r"^\s+/\*([0-9a-f]{4,})\*/\s+(.*?);", dump(kernel, "-sass"), re.MULTILINE)
-    code = {int(place, 16): instruction for place, instruction in found}
-    loops = []
-    for end, instruction in code.items():
-        begin = re.search(r"\bBRA.* 0x([0-9a-f]+)", instruction)
-        if begin is not None and int(begin[1], 16) < end:
-            loops.append([x for place, x in code.items() if int(begin[1], 16) <= place <= end])
-    return min((loop for loop in loops if any("HMMA" in x for x in loop)), key=len)
-
-
 @pytest.mark.parametrize(
     ("axes", "head_dim", "has_rpb", "is_wide"),
     [
@@ -241,6 +229,7 @@ def test_columns(
     # Sums of maps stay in shared memory.
     assert ("L2::evict_last" in kernels[backward[0]].asm["ptx"]) == (has_rpb and len(axes) == 3)
     if has_rpb:  # all loads of a step are under way before the first addition
+        assert not any(spilled_bytes(kernels[name]) for name in backward[1:])
         loads_and_additions = re.findall(r"(LDG|FADD)", dump(kernels["sum_classes_kernel"], "-sass"))
         assert loads_and_additions[:8] == ["LDG"] * 8
 

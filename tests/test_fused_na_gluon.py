@@ -119,16 +119,16 @@ def columns(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> 
 def test_columns(
     problem: Problem, has_rpb: bool, columns: int, launched: list[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """By programs of two samples out of three, on maps. With a bias, by programs of one item, by some whose sums rarely
-    fit into shared memory, and by two that meet several classes and have room."""
+    """By programs of three samples out of five, on maps. With a bias, by programs of one item, by some whose sums
+    rarely fit into shared memory, and by two that meet several classes and have room."""
     for multiprocessors, at_once in ((10**6, 1), (1, 10**6), (2, 1)) if has_rpb else ((1, 1),):
         monkeypatch.setattr(prepare, "MULTIPROCESSORS", multiprocessors)
         monkeypatch.setattr(prepare, "COLUMNS_AT_ONCE", at_once)
-        samples = 1 if multiprocessors > 2 else 2
+        samples = 1 if multiprocessors > 2 else 3
         monkeypatch.setattr(prepare, "samples_of_program", lambda *_, samples=samples: samples)
         clear_caches()
         launched.clear()
-        batch = problem.batch if has_rpb else 3
+        batch = problem.batch if has_rpb or len(problem.spatial) == 3 else 5
         check(replace(problem, has_rpb=has_rpb, batch=batch), has_grad_lse=multiprocessors != 2)
         backward = ["query_bias_columns_kernel" if has_rpb else "query_columns_kernel", "key_value_columns_kernel"]
         if has_rpb:

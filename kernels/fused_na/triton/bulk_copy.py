@@ -9,9 +9,8 @@ from triton.experimental.gluon.nvidia.hopper import TensorDescriptor as GluonTen
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from fused_na.triton.problem import Layout
+from fused_na.triton.tiles import Extent
 from fused_na.window import Axis
-
-Tile = tuple[int, int, int, int]  # samples, and sizes along t, h and w
 
 
 def can_copy(layout: Layout, axes: tuple[Axis, ...]) -> bool:
@@ -35,7 +34,7 @@ def can_copy(layout: Layout, axes: tuple[Axis, ...]) -> bool:
     return is_copyable and is_even and not any(axis.length % axis.dilation for axis in axes)
 
 
-def described(layout: Layout, axes: tuple[Axis, Axis, Axis], tile: Tile) -> tuple[list[int], ...]:
+def described(layout: Layout, axes: tuple[Axis, Axis, Axis], tile: Extent) -> tuple[list[int], ...]:
     """Shape, strides and block of tiles of one head, of a tensor seen as `[B, t, h, w, heads * head_dim]`.
 
     With dilation t, h and w are those of a group, and in place of samples the tokens of all of them count, from any of
@@ -48,15 +47,15 @@ def described(layout: Layout, axes: tuple[Axis, Axis, Axis], tile: Tile) -> tupl
     members = [axis.length // axis.dilation for axis in axes]
     # Axes of length 1 need a legal stride all the same.
     steps = [(x or stride_w) * axis.dilation for x, axis in zip((*others, stride_w), axes, strict=True)]
-    return [batch, *members, heads * width], [stride, *steps, 1], [*tile, width]
+    return [batch, *members, heads * width], [stride, *steps, 1], [1, *tile, width]
 
 
-def describe(layout: Layout, axes: tuple[Axis, Axis, Axis], tile: Tile, x: Tensor) -> TensorDescriptor:
+def describe(layout: Layout, axes: tuple[Axis, Axis, Axis], tile: Extent, x: Tensor) -> TensorDescriptor:
     """A tensor's descriptor for kernels in Triton."""
     return TensorDescriptor(x, *described(layout, axes, tile))
 
 
-def describe_for_gluon(layout: Layout, axes: tuple[Axis, Axis, Axis], tile: Tile, x: Tensor) -> GluonTensorDescriptor:
+def describe_for_gluon(layout: Layout, axes: tuple[Axis, Axis, Axis], tile: Extent, x: Tensor) -> GluonTensorDescriptor:
     """A tensor's descriptor for kernels in Gluon, of 16-bit elements."""
     shape, strides, block = described(layout, axes, tile)
     element = gl.bfloat16 if layout.dtype == torch.bfloat16 else gl.float16

@@ -1,4 +1,4 @@
-"""How programs of `key_value_columns_kernel` share the samples: a pure function of the problem."""
+"""What programs of the kernels of `columns.py` take, and how they share the samples: pure functions of the problem."""
 
 from math import ceil, prod
 
@@ -11,14 +11,21 @@ START = 0.4  # of the time for a sample, what a program takes to start
 MOST_SAMPLES = 64
 
 
+def shared_bytes(blocks: Blocks, own_tokens: int, moving: Extent, more: int) -> int:
+    """Shared memory of a program with room for so many tokens of own columns of its tensors, two stages of two tensors,
+    and more bytes."""
+    boxes = ceil(BLOCK * blocks.moving / moving[0])
+    return 64 * (own_tokens + 2 * 2 * boxes * prod(moving)) + more + 1088  # barriers, and what the system takes
+
+
 def samples_of_program(
     blocks: Blocks, own: Extent, moving: Extent, registers: int | None, columns: int, batch: int, multiprocessors: int
 ) -> int:
     """How many samples a program works through on a map: with so many, all programs take the least time if they run one
     such set after the other as many as fit at once.
 
-    Own columns of several samples take more shared memory. One sample if a multiprocessor ran fewer programs for it, or
-    if own columns have many steps of their own: then little is to be had.
+    Own columns of several samples take twice the shared memory. One sample if a multiprocessor ran fewer programs for
+    it, or if own columns have many steps of their own: then little is to be had.
 
     Args:
         blocks: of a program.
@@ -28,9 +35,8 @@ def samples_of_program(
         batch: samples.
         multiprocessors: of the GPU.
     """
-    boxes = ceil(BLOCK * blocks.moving / moving[0])
-    shared = 64 * (4 * prod(own) + 4 * boxes * prod(moving)) + 2048
-    at_once = min(AT_ONCE[registers], SHARED_MEMORY // shared)
+    rows = 2 * 4 * max(32, 1 << (4 * BLOCK * blocks.moving - 1).bit_length())  # log-sum-exps and deltas of a column
+    at_once = min(AT_ONCE[registers], SHARED_MEMORY // shared_bytes(blocks, 4 * prod(own), moving, rows))
     if blocks.own > FEWEST_BLOCKS or at_once < AT_ONCE[None]:
         return 1
 

@@ -65,7 +65,7 @@ def sum_classes_kernel(
     tl.store(first, tl.sum(total, 0), number < ROW)
 
 
-@triton.jit(do_not_specialize=["length_t", "length_h", "length_w", "chunks", "share", "rows"])
+@triton.jit(do_not_specialize=["length_h", "length_w", "chunks", "share", "rows"])
 def fold_columns_kernel(
     partial,
     grad_rpb,
@@ -112,8 +112,8 @@ def fold_columns_kernel(
         kind = done + tl.arange(0, CLASSES)[None, None, :]
         column, row, _ = rows_of_class(kind // classes_w, kind % classes_w, before, alike, places, chunks, share)
         begin_h, begin_w = column[1] * QUERY_TILE[1], column[2] * QUERY_TILE[2]
-        start_h, end_h = window(begin_h, length_h, KERNEL[1], STRIDE[1], CAUSAL[1])
-        start_w, end_w = window(begin_w, length_w, KERNEL[2], STRIDE[2], CAUSAL[2])
+        start_h, _ = window(begin_h, length_h, KERNEL[1], STRIDE[1], CAUSAL[1])
+        start_w, _ = window(begin_w, length_w, KERNEL[2], STRIDE[2], CAUSAL[2])
         key_h = begin_h - start_h + position_h - (KERNEL[1] - 1) + inner_h
         key_w = begin_w - start_w + position_w - (KERNEL[2] - 1) + inner_w
         exists = exists_t & (key_h >= 0) & (key_h < COUNTS[1] * KEY_TILE[1])

@@ -107,7 +107,6 @@ class Geometry:
         heads: int,
         moving: dict[str, Extent],
         own_tensors: tuple[str, ...] = (),
-        samples: int = 1,
         **more: Any,
     ) -> Launch:
         """A launch of a kernel.
@@ -120,7 +119,6 @@ class Geometry:
             moving: by tensor, extents of the tiles that it loops over.
             own_tensors: of which its own tile is loaded or stored. Both go through the bulk copy engine where that was
                 chosen and the machine and the layouts allow it.
-            samples: of a tile that is copied in bulk.
             more: arguments of its own. `programs` is how many run; by default one for each tile, head and sample.
         """
         counts = self.tiles_per_axis(own)
@@ -149,7 +147,7 @@ class Geometry:
         if arguments["TMA"]:
             describe = bulk_copy.describe_for_gluon if isinstance(kernel, GluonJITFunction) else bulk_copy.describe
             axes = as_three_axes(self.problem.axes)
-            bulk = {name: partial(describe, layout, axes, (samples, *copied[name])) for name, layout in layouts.items()}
+            bulk = {name: partial(describe, layout, axes, copied[name]) for name, layout in layouts.items()}
         return Launch(kernel, arguments.pop("programs"), arguments, bulk)
 
     def layout(self, name: str) -> Layout:

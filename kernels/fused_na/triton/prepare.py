@@ -9,7 +9,7 @@ from fused_na.triton import gpu
 from fused_na.triton.backward import additional_kernel, bias_fold_kernel, bias_kernel, key_value_kernel, query_kernel
 from fused_na.triton.column_blocks import BLOCK, Blocks, blocks_of
 from fused_na.triton.column_classes import odd
-from fused_na.triton.column_programs import samples_of_program
+from fused_na.triton.column_programs import SHARED_MEMORY, samples_of_program, shared_bytes
 from fused_na.triton.fold_columns import LANES, fold_columns_kernel, sum_classes_kernel
 from fused_na.triton.forward import forward_kernel
 from fused_na.triton.forward_columns import forward_columns_kernel
@@ -132,11 +132,12 @@ def _query_bias(geometry: Geometry, tiles: Tiles) -> Prepared:
     classes, heads, blocks = geometry.classes(tiles), geometry.heads, _blocks(geometry, tiles, True)
     chunks = geometry.batch * geometry.groups
     items = prod(classes.places) * chunks
-    copied = 3 * prod(tiles.query) + 4 * BLOCK * blocks.moving * prod(tiles.key[1:])  # tokens in shared memory
     row = prod(classes.counts) * (2 * blocks.span + 1) * LANES.value
-    at_once = min(COLUMNS_AT_ONCE, (228 << 10) // (64 * copied + 1088))
-    in_shared = at_once * (64 * copied + 1088 + 4 * row) <= 228 << 10  # if no fewer programs run at once
-    share = ceil(items / max(1, MULTIPROCESSORS * at_once // heads))
+    shared = [shared_bytes(blocks, 3 * prod(tiles.query), tiles.key, more) for more in (0, 4 * row)]
+    at_once = min(COLUMNS_AT_ONCE, SHARED_MEMORY // shared[0])
+    in_shared = at_once * shared[1] <= SHARED_MEMORY  # if no fewer programs run at once
+    most = PARTIAL_BYTES // (4 * row * heads) - classes.number + 1
+    share = ceil(items / max(1, min(MULTIPROCESSORS * at_once // heads, most)))
     programs = ceil(items / share)
     rows = programs + classes.number - 1
     overlap = gpu.overlaps(geometry.problem.device)
@@ -154,7 +155,7 @@ def _query_bias(geometry: Geometry, tiles: Tiles) -> Prepared:
     sums = own | {"NUMBERS": numbers, "ROWS": 128 * warps // numbers, "STEPS": 8, "num_warps": warps, "maxnreg": 64}
     fold = geometry.arguments | own | {"QUERY_TILE": tiles.query, "KEY_TILE": tiles.key}
     fold |= {"CLASSES": 16 if len(geometry.problem.axes) == 3 else 4, "WIDTH": 16, "num_warps": 1}
-    for name, axis in zip("thw", as_three_axes(geometry.problem.axes), strict=True):
+    for name, axis in zip("hw", as_three_axes(geometry.problem.axes)[1:], strict=True):
         fold[f"length_{name}"] = axis.length // axis.dilation
     rpb = geometry.problem.grad_rpb
     assert rpb is not None
