@@ -103,9 +103,9 @@ def plot_per_class(label_counts: Tensor, class_names: Sequence[str], path: Path)
     figure = Figure(figsize=(8, 1.5 + 0.25 * len(shown)), layout="constrained")
     axes = figure.subplots()
     bars = axes.barh(range(len(shown)), [accuracy[label] for label in shown], color=VAL_COLOR)
-    axes.bar_label(
-        bars, [f"{label_counts[label, 1]}/{label_counts[label, 0]}" for label in shown], padding=3, fontsize=8
-    )
+    counts = [f"{label_counts[label, 1]}/{label_counts[label, 0]}" for label in shown]
+    # On white, lest the line of the mean run through them.
+    axes.bar_label(bars, counts, padding=3, fontsize=8, bbox={"color": "white", "pad": 1}, zorder=3)
     axes.axvline(mean, color="black", linewidth=1, linestyle="--")
     axes.set_yticks(range(len(shown)), [_shorten(class_names[label], 30) for label in shown])
     axes.invert_yaxis()
