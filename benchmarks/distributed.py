@@ -21,6 +21,8 @@ from typing import Any
 
 import lightning
 import torch
+from hydra.utils import instantiate
+from omegaconf import OmegaConf
 from record import ROOT, write_csv
 from timing import provenance
 from training import Repeated, SteadySteps, module_for, trainer_for
@@ -57,6 +59,11 @@ class BatchesAtHand(lightning.LightningDataModule):
         return self.device_transform(batch, self.trainer)
 
 
+def data_parallel() -> Any:
+    """The strategy of `train.py` on several devices."""
+    return instantiate(OmegaConf.load(ROOT / "configs" / "trainer" / "ddp.yaml").strategy)
+
+
 def measure_speed(job: dict[str, Any]) -> dict[str, Any]:
     """Images per second of all processes together, and the times of a step."""
     cuda = job["device"] == "cuda"
@@ -66,7 +73,7 @@ def measure_speed(job: dict[str, Any]) -> dict[str, Any]:
     module = module_for(job["model"], CLASSES, compile=cuda and job["compile"], model_kwargs=kwargs)
     times = SteadySteps(SKIPPED)
     settings = {"accelerator": job["device"], "devices": job["processes"], "use_distributed_sampler": False}
-    settings |= {"strategy": "ddp"} if job["processes"] > 1 else {}
+    settings |= {"strategy": data_parallel()} if job["processes"] > 1 else {}
     trainer_for(times, steps, [], precision="bf16-mixed" if cuda else "32-true", **settings).fit(module, data)
     metrics = {name.removeprefix("speed/"): round(value, 4) for name, value in times.epoch.metrics().items()}
     return metrics | ({"gpu_peak_gib": round(peak / 2**30, 2)} if (peak := times.gpu_peak()) else {})
@@ -92,7 +99,7 @@ def measure_losses(job: dict[str, Any]) -> dict[str, Any]:
     lightning.Trainer(
         accelerator=job["device"],
         devices=job["processes"],
-        strategy="ddp" if job["processes"] > 1 else "auto",
+        strategy=data_parallel() if job["processes"] > 1 else "auto",
         max_epochs=LOSS_EPOCHS,
         limit_val_batches=0,
         callbacks=[losses],
