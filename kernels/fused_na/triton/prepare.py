@@ -78,9 +78,8 @@ def _key_value(geometry: Geometry, tiles: Tiles) -> Prepared:
         blocks, samples = _blocks(geometry, tiles, False), 1
         columns = geometry.groups * prod(geometry.tiles_per_axis(tiles.key)) * geometry.heads_kv
         if len(geometry.problem.axes) == 2:
-            extents = tiles.key, tiles.query
             samples = samples_of_program(
-                blocks, *extents, tiles.max_registers, columns, geometry.batch, MULTIPROCESSORS
+                blocks, tiles.key, tiles.query, tiles.max_registers, columns, geometry.batch, MULTIPROCESSORS
             )
         apart = ceil(geometry.batch / samples)
         options = blocks.arguments | {"AHEAD": samples > 1, "apart": apart, "programs": columns * apart}
